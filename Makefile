@@ -1,0 +1,42 @@
+# One verb per need. Each sets up what it needs in .venv; Python 3.11 or later is all that must be there.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo serve check test openapi lock clean
+help: ## what there is
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+.venv/ready: requirements-dev.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; name one with make PYTHON=...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: .venv/ready ## launch the example agent on a git slot, over HTTP, and watch it to its end
+	$(BIN)/python examples/demo.py
+
+serve: .venv/ready ## start the service with the example pools
+	RUNNER_LAUNCHER_POOLS_FILE=$${RUNNER_LAUNCHER_POOLS_FILE-examples/pools.yaml} $(BIN)/runner-launcher serve
+
+check: .venv/ready ## lint, format, types, architecture
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: .venv/ready ## all tests; what this machine lacks is skipped with a reason, unless REQUIRE_ENGINES names it
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+openapi: .venv/ready ## write openapi/ anew from the app
+	$(BIN)/runner-launcher openapi > openapi/runner-launcher.yaml
+
+lock: .venv/ready ## pin every dependency again, with hashes
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header \
+	  --all-extras pyproject.toml -o requirements.txt --upgrade
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header \
+	  --all-extras --group dev pyproject.toml -c requirements.txt -o requirements-dev.txt --upgrade
+
+clean: ## remove what make made
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
