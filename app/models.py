@@ -1,0 +1,427 @@
+"""What travels: the launch request, and the answers.
+
+A request is read strictly (an id that is a number is a mistake) and generously (keys we do not know are the Dispatcher's).
+What passes here can be written to JSON, to an environment and to a store as it is.
+"""
+
+import math
+import re
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    TypeAdapter,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from app.events import Event
+from app.launcher import EnforcedBy, Handle
+from app.reason import Reason
+from app.runner import Phase, Runner, State
+
+MAX_DEPTH = 100
+"""How deep objects and lists in metadata may nest."""
+
+MAX_PATH_BYTES = 4095
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+# The launch request.
+
+
+def _whole(text: str) -> str:
+    """Refuse half of a surrogate pair: JSON can spell it, UTF-8 cannot."""
+    if _SURROGATE.search(text):
+        raise PydanticCustomError("lone_surrogate", "must not hold half of a surrogate pair")
+    return text
+
+
+def _plain(text: str) -> str:
+    if _CONTROL.search(text):
+        raise PydanticCustomError("control_character", "must not hold control characters")
+    return text
+
+
+def _absolute(path: str) -> str:
+    if not path.startswith("/"):
+        raise PydanticCustomError("relative_path", "must be an absolute path")
+    if len(path.encode()) > MAX_PATH_BYTES:
+        raise PydanticCustomError("long_path", f"must not be longer than {MAX_PATH_BYTES} bytes")
+    return path
+
+
+def _json_fault(value: object) -> str | None:
+    """Why a value cannot travel as JSON, None if it can. Level by level, so no depth can exhaust the stack."""
+    level, depth = [value], 0
+    while level:
+        below: list[object] = []
+        for item in level:
+            match item:
+                case dict():
+                    below += [*item, *item.values()]
+                case list():
+                    below += item
+                case str() if _SURROGATE.search(item):
+                    return "must not hold half of a surrogate pair"
+                case float() if not math.isfinite(item):
+                    return "must not hold NaN or Infinity"
+                case str() | int() | float() | None:
+                    pass
+                case _:
+                    return f"must be JSON, and {type(item).__name__} is not"
+        depth += any(isinstance(item, dict | list) for item in level)
+        if depth > MAX_DEPTH:
+            return f"must not nest deeper than {MAX_DEPTH}"
+        level = below
+    return None
+
+
+def _json(value: dict[str, Any]) -> dict[str, Any]:
+    fault = _json_fault(value)
+    if fault:
+        raise PydanticCustomError("not_json", "{fault}", {"fault": fault})
+    return value
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+Identifier = Annotated[Text, Field(min_length=1, max_length=1024), AfterValidator(_plain)]
+SlotPath = Annotated[Text, AfterValidator(_plain), AfterValidator(_absolute)]
+Metadata = Annotated[dict[str, Any], AfterValidator(_json)]
+
+_READ = ConfigDict(strict=True, frozen=True, extra="ignore", hide_input_in_errors=True)
+
+
+class Task(BaseModel):
+    """The task as the Dispatcher posts it; a null stands for a key left out."""
+
+    model_config = _READ
+
+    id: Identifier
+    title: Text = ""
+    description: Text = ""
+    dependencies: list[Identifier] = []
+    required_skill: Identifier | None = None
+    reserved_branch: Identifier | None = None
+    metadata: Metadata = {}
+    spec_name: Identifier | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, task: object) -> object:
+        return {key: value for key, value in task.items() if value is not None} if isinstance(task, dict) else task
+
+    @property
+    def spec(self) -> str:
+        """The name of its specification: its own, else its metadata's, else `unknown`."""
+        named = self.metadata.get("spec_name")
+        return self.spec_name or (named if isinstance(named, str) and named else "unknown")
+
+
+class Slot(BaseModel):
+    """The workspace: a checked-out repository that is this runner's alone."""
+
+    model_config = _READ
+
+    slot_id: Identifier
+    slot_path: SlotPath
+    repo_url: Text
+
+
+class InlinePool(BaseModel):
+    """A pool given as an object. All but its name waits until it is known that no configured pool bears that name."""
+
+    model_config = _READ
+
+    name: Identifier
+
+
+_NAME = TypeAdapter[str](Identifier)
+
+
+def _named(pool: object) -> object:
+    if isinstance(pool, dict):
+        InlinePool.model_validate(_json(pool))
+    elif isinstance(pool, str):
+        _NAME.validate_python(pool)
+    else:
+        raise PydanticCustomError("pool_type", "must be a pool's name, or an object with one")
+    return pool
+
+
+class LaunchRequest(BaseModel):
+    """What to run, where it works, and the pool that says how. A pool object stays as it came."""
+
+    model_config = _READ
+
+    task: Task
+    slot: Slot
+    pool: Annotated[str | dict[str, Any], BeforeValidator(_named)]
+
+
+# The answers.
+
+_SAY = ConfigDict(frozen=True)
+
+
+class AttemptRecord(BaseModel):
+    """One launch call that the engine did not accept."""
+
+    model_config = _SAY
+
+    number: int
+    at: datetime
+    error: str
+    retryable: bool
+    delay_seconds: float | None
+
+
+class EnforcementRecord(BaseModel):
+    """What really holds each limit."""
+
+    model_config = _SAY
+
+    cpu: EnforcedBy
+    memory_mib: EnforcedBy
+
+
+class LimitsRecord(BaseModel):
+    """What the runner may use (null: no limit), and what makes it so."""
+
+    model_config = _SAY
+
+    cpu: float | None = Field(description="cores")
+    memory_mib: int | None = Field(description="MiB")
+    enforced_by: EnforcementRecord
+
+
+class LinksRecord(BaseModel):
+    """Where the rest about a runner is."""
+
+    model_config = _SAY
+
+    self: str
+    logs: str
+    events: str
+
+
+class RunnerRecord(BaseModel):
+    """What became of a launch. The first nine fields are those of the system that this service replaces."""
+
+    model_config = _SAY
+
+    runner_id: str
+    task_id: str
+    pool_name: str
+    slot_id: str
+    state: State = Field(description="a closed list")
+    started_at: datetime | None = Field(description="when the engine accepted")
+    pid: int | None
+    container_id: str | None
+    job_name: str | None
+    phase: Phase
+    reason: Reason | None = Field(description="why it failed; the list may grow")
+    message: str | None
+    exit_code: int | None = Field(description="what the engine says; null where a signal ended a local process")
+    signal: str | None
+    oom_killed: bool
+    retryable: bool | None = Field(description="whether the same launch may succeed if asked for again; null unless failed")
+    attempts: list[AttemptRecord]
+    created_at: datetime
+    finished_at: datetime | None
+    observed_at: datetime | None = Field(description="when the engine was last heard on this")
+    stale: bool = Field(description="the engine has not answered lately, so this may be out of date")
+    revision: int
+    node: str | None
+    image_digest: str | None
+    labels: dict[str, str]
+    limits: LimitsRecord
+    isolation: str
+    last_heartbeat: datetime | None
+    log_truncated: bool
+    links: LinksRecord
+
+
+class RunnerPage(BaseModel):
+    """Runners, newest first."""
+
+    model_config = _SAY
+
+    items: list[RunnerRecord]
+    next_cursor: str | None
+
+
+class EventRecord(BaseModel):
+    """One line of a runner's history."""
+
+    model_config = _SAY
+
+    revision: int
+    at: datetime
+    type: str
+    from_: Phase | None = Field(serialization_alias="from")
+    to: Phase
+    reason: Reason | None
+    message: str | None
+    data: dict[str, JsonValue]
+
+
+class EventPage(BaseModel):
+    """A runner's history, the first event first."""
+
+    model_config = _SAY
+
+    items: list[EventRecord]
+
+
+class PoolRecord(BaseModel):
+    """A pool and its use. ``cpu_usage`` and ``memory_usage`` are the sums of its live runners' limits, in cores and MiB."""
+
+    model_config = _SAY
+
+    pool_name: str
+    type: str
+    enabled: bool
+    max_concurrency: int
+    current_running: int
+    utilization: float = Field(description="current_running / max_concurrency")
+    cpu_usage: float
+    memory_usage: int
+    cpu_quota: float | None
+    memory_quota: int | None
+    queued: int
+
+
+class PoolPage(BaseModel):
+    """All configured pools."""
+
+    model_config = _SAY
+
+    items: list[PoolRecord]
+
+
+class PoolSwitch(BaseModel):
+    """Switch a pool on or off; kept over restarts, and stronger than the pool file."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    enabled: bool
+
+
+class Readiness(BaseModel):
+    """Whether requests are served, and which engines in use answer."""
+
+    model_config = _SAY
+
+    ready: bool
+    detail: str | None = None
+    engines: dict[str, bool] = {}
+
+
+class FaultRecord(BaseModel):
+    """One thing wrong in a request."""
+
+    model_config = _SAY
+
+    pointer: str = Field(description="JSON pointer into the request")
+    detail: str
+
+
+class Problem(BaseModel):
+    """Why a request was not done (RFC 9457)."""
+
+    model_config = _SAY
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    code: str = Field(description="stable, for machines")
+    retryable: bool = Field(description="whether the same request may succeed later")
+    request_id: str
+    errors: list[FaultRecord] = []
+    runner: RunnerRecord | None = Field(
+        default=None, description="the record, once there is one; of the holder, if a slot is busy"
+    )
+
+
+def runner_record(runner: Runner, *, answered_at: float | None, stale: bool) -> RunnerRecord:
+    """Say what is known of a runner; ``answered_at`` is when its engine last answered anything."""
+    handle = runner.handle or Handle(runner_id=runner.runner_id)
+    live = runner.phase is not Phase.FINISHED
+    observed = max(runner.observed_at, answered_at or 0) if live and runner.observed_at else runner.observed_at
+    here = f"/runners/{runner.runner_id}"
+    return RunnerRecord(
+        runner_id=runner.runner_id,
+        task_id=runner.task_id,
+        pool_name=runner.pool_name,
+        slot_id=runner.slot_id,
+        state=runner.state,
+        started_at=_time(runner.started_at),
+        pid=handle.pid,
+        container_id=handle.container_id,
+        job_name=handle.job_name,
+        phase=runner.phase,
+        reason=runner.reason,
+        message=runner.message,
+        exit_code=runner.exit_code,
+        signal=runner.signal,
+        oom_killed=runner.oom_killed,
+        retryable=runner.retryable,
+        attempts=[
+            AttemptRecord(
+                number=attempt.number,
+                at=_moment(attempt.at),
+                error=attempt.error,
+                retryable=attempt.retryable,
+                delay_seconds=attempt.delay_seconds,
+            )
+            for attempt in runner.attempts
+        ],
+        created_at=_moment(runner.created_at),
+        finished_at=_time(runner.finished_at),
+        observed_at=_time(observed),
+        stale=stale and live,
+        revision=runner.revision,
+        node=handle.node,
+        image_digest=handle.image_digest,
+        labels=runner.labels,
+        limits=LimitsRecord(
+            cpu=runner.cpu,
+            memory_mib=runner.memory_mib,
+            enforced_by=EnforcementRecord(cpu=handle.enforced_by.cpu, memory_mib=handle.enforced_by.memory_mib),
+        ),
+        isolation=handle.isolation,
+        last_heartbeat=_time(runner.last_heartbeat),
+        log_truncated=runner.log_truncated,
+        links=LinksRecord(self=here, logs=f"{here}/logs", events=f"{here}/events"),
+    )
+
+
+def event_record(event: Event) -> EventRecord:
+    """Say what happened."""
+    return EventRecord(
+        revision=event.revision,
+        at=_moment(event.at),
+        type=event.type,
+        from_=event.from_phase,
+        to=event.to_phase,
+        reason=event.reason,
+        message=event.message,
+        data=event.data,
+    )
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _time(seconds: float | None) -> datetime | None:
+    return None if seconds is None else _moment(seconds)

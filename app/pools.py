@@ -1,0 +1,666 @@
+"""Agent pools: the pool file, what a pool may say, and the questions about its capacity.
+
+A pool file is checked whole when it is read: everything wrong with it is told at once, with the path of each key, so that no
+launch ever fails over a typing mistake. Files of the system before us load unchanged, so a key that we do not know is no
+fault: a scalar is the runner's (``RUNNER_<KEY>``), anything else is ignored with a warning.
+
+A pool can also come with a request, from somebody who may launch but does not own this machine. Such an inline pool is
+judged by what it may name before anything else of it is looked at: some keys read files.
+"""
+
+import difflib
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from app.errors import ConfigurationError, Fault, InvalidRequest
+from app.models import Identifier, Text
+from app.runner import Policy
+from app.settings import WebAddress
+
+RESERVED = frozenset(
+    {
+        "RUNNER_ID",
+        "TASK_CONTEXT",
+        "POOL_NAME",
+        "TASK_CONTEXT_FILE",
+        "RUNNER_LAUNCHER_URL",
+        "RUNNER_TOKEN",
+        "TRACEPARENT",
+    }
+)
+"""The variables by which the launcher tells a runner what it is; no pool may set them."""
+
+MAX_VARIABLE_BYTES = 131_072
+"""What the kernel takes as one ``NAME=value`` with its closing zero byte (MAX_ARG_STRLEN)."""
+
+DOCKER_HOST = "unix:///var/run/docker.sock"
+
+_MEBIBYTE = 2**20
+_ROUNDING = 1e-9
+_CLOSE = 0.7
+_LONGEST = 1e9
+_MANY = 1_000_000
+_MOST_CORES = 1e6
+_MOST_MEBIBYTES = 2**43
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_QUANTITY = re.compile(r"\+?((?:\d{1,20}\.?\d{0,20}|\.\d{1,20})(?:[eE][+-]?\d{1,2})?)([numkMGTPE]|[KMGTPE]i)?", re.ASCII)
+_DECIMAL = {"n": -3, "u": -2, "m": -1, "k": 1, "M": 2, "G": 3, "T": 4, "P": 5, "E": 6}
+_BINARY = {"Ki": 1, "Mi": 2, "Gi": 3, "Ti": 4, "Pi": 5, "Ei": 6}
+
+_Location = tuple[int | str, ...]
+_Wrong = tuple[_Location, str]
+_Scalar = str | int | float | bool | None
+
+_log = logging.getLogger(__name__)
+
+
+class PoolType(StrEnum):
+    """Where a pool's runners run."""
+
+    LOCAL_PROCESS = "local-process"
+    DOCKER = "docker"
+    KUBERNETES = "kubernetes"
+
+
+# The words that pools are written in.
+
+
+def _without_zero(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not hold a zero byte")
+    return text
+
+
+def _as_text(value: object) -> object:
+    """Python's `str` of a scalar: how every scalar of a pool is told to its runner."""
+    return str(value) if isinstance(value, int | float) else value
+
+
+def _absolute(path: str) -> str:
+    if not path.startswith("/"):
+        raise ValueError("must be an absolute path")
+    return path
+
+
+def _runnable(command: list[str]) -> list[str]:
+    if not command or not command[0]:
+        raise ValueError("must name a program")
+    return command
+
+
+def _located(name: str, info: ValidationInfo) -> str:
+    """Find a file that a pool names: beside the pool file, else where the service was started, as the old system did."""
+    here = Path(os.path.expanduser(name))  # noqa: PTH111 -- leaves an unknown user's ~ alone instead of raising
+    beside = (info.context or {}).get("folder", Path()) / here
+    return str((here if here.exists() and not beside.exists() else beside).absolute())
+
+
+def _quantity(value: object, unit: int) -> Fraction:
+    """Read a bare number, which counts units, or a Kubernetes quantity; exactly."""
+    match = _QUANTITY.fullmatch(str(value))
+    if match is None:
+        raise ValueError("must be a positive number or a quantity such as 500m or 2Gi")
+    number, suffix = match.groups()
+    if not suffix:
+        return Fraction(number) * unit
+    scale = Fraction(1024) ** _BINARY[suffix] if suffix in _BINARY else Fraction(1000) ** _DECIMAL[suffix]
+    return Fraction(number) * scale
+
+
+def _cores(value: object) -> float:
+    return float(_quantity(value, 1))
+
+
+def _mebibytes(value: object) -> int:
+    """Whole MiB, rounded down: a limit is never above what was asked for."""
+    return int(_quantity(value, _MEBIBYTE) / _MEBIBYTE)
+
+
+def _template(name: object, info: ValidationInfo) -> object:
+    if not isinstance(name, str):
+        raise ValueError("must be the name of a YAML file")  # noqa: TRY004 -- pydantic collects ValueErrors
+    path = Path(_located(name, info))
+    template, twice = _parse(path)
+    if twice:
+        raise ValueError(f"{path}: {_dotted(twice[0])} is given twice")
+    if not isinstance(template, dict):
+        raise ValueError(f"{path}: must be a YAML mapping")  # noqa: TRY004 -- likewise
+    return template
+
+
+String = Annotated[Text, AfterValidator(_without_zero)]
+Word = Annotated[String, Field(min_length=1)]
+Command = Annotated[list[String], AfterValidator(_runnable)]
+Environment = dict[str, Annotated[str, BeforeValidator(_as_text)]]
+AbsolutePath = Annotated[String, AfterValidator(_absolute)]
+File = Annotated[Word, AfterValidator(_located)]
+User = Annotated[Word, BeforeValidator(_as_text)]
+JobTemplate = Annotated[dict[str, JsonValue], BeforeValidator(_template)]
+Cores = Annotated[float, Field(gt=0, le=_MOST_CORES)]
+Mebibytes = Annotated[int, Field(ge=1, le=_MOST_MEBIBYTES)]
+AskedCores = Annotated[Cores, BeforeValidator(_cores)]
+AskedMebibytes = Annotated[Mebibytes, BeforeValidator(_mebibytes)]
+Seconds = Annotated[float, Field(gt=0, le=_LONGEST)]
+SomeSeconds = Annotated[float, Field(ge=0, le=_LONGEST)]
+Count = Annotated[int, Field(ge=1, le=_MANY)]
+
+_CLOSED = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True)
+_OPEN = ConfigDict(strict=True, frozen=True, extra="allow", hide_input_in_errors=True)
+
+
+class Resources(BaseModel):
+    """What one runner gets, as a process or a container."""
+
+    model_config = _CLOSED
+
+    cpu_limit: AskedCores | None = None
+    memory_limit: AskedMebibytes | None = None
+
+
+class Amounts(BaseModel):
+    """Amounts of what a pod can have; what is neither of these two passes as it is written."""
+
+    model_config = _OPEN
+    __pydantic_extra__: dict[str, Annotated[String, BeforeValidator(_as_text)]] = Field(init=False)
+
+    cpu: AskedCores | None = None
+    memory: AskedMebibytes | None = None
+
+
+class PodResources(BaseModel):
+    """What one runner gets, as a pod."""
+
+    model_config = _CLOSED
+
+    requests: Amounts = Amounts()
+    limits: Amounts = Amounts()
+
+
+class Workspace(BaseModel):
+    """How a pod comes by the slot. Each kind has keys of its own beside `kind`."""
+
+    model_config = _OPEN
+    __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
+
+    kind: Literal["none", "pvc", "host_path", "git"] = "none"
+
+
+class PoolConfig(BaseModel):
+    """The keys of every type. What is no field here or below is not the launcher's."""
+
+    model_config = _OPEN
+
+    environment: Environment = Field(default_factory=dict, repr=False)
+    labels: dict[str, String] = Field(default_factory=dict)
+    launch_timeout_seconds: Seconds = 300
+    run_timeout_seconds: Seconds | None = None
+    heartbeat_timeout_seconds: Seconds | None = None
+    retry_attempts: Count = 3
+    retry_base_seconds: SomeSeconds = 0.2
+    stop_grace_seconds: SomeSeconds = 10
+    queue_limit: int = Field(default=0, ge=0, le=_MANY)
+    log_max_mib: Count = 50
+    public_url: WebAddress | None = None
+
+
+class LocalProcessConfig(PoolConfig):
+    """A process on this machine."""
+
+    command: Command | None = None
+    python_path: Word | None = None
+    working_dir: AbsolutePath | None = None
+    user: User | None = None
+    resources: Resources | None = None
+
+
+class DockerConfig(PoolConfig):
+    """A container on a Docker Engine."""
+
+    image: Word = "necrocode/runner:latest"
+    command: Command | None = None
+    pull_policy: Literal["always", "if-not-present", "never"] = "if-not-present"
+    registry_auth: File | None = None
+    mount_repo_pool: bool = True
+    network: Word | None = None
+    volumes: dict[Word, AbsolutePath] = Field(default_factory=dict)
+    resources: Resources | None = None
+    runtime: Word | None = None
+    gpus: Annotated[Word, BeforeValidator(_as_text)] | None = None
+    user: User | None = None
+    cap_add: list[Word] = Field(default_factory=list)
+    pids_limit: int | None = Field(default=None, ge=1)
+    docker_host: Annotated[str, Field(pattern=r"^(unix|tcp|http|https)://[!-~]+$")] = DOCKER_HOST
+    slot_path_map: dict[AbsolutePath, AbsolutePath] = Field(default_factory=dict)
+
+
+class KubernetesConfig(PoolConfig):
+    """A Job with one pod. `job_template` is the parsed file. The last two keys are the old system's, and set aside."""
+
+    namespace: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")] = "necrocode-agents"
+    image: Word = "necrocode/runner:latest"
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    command: Command | None = None
+    job_template: JobTemplate | None = None
+    service_account: Word | None = None
+    image_pull_secrets: list[Word] = Field(default_factory=list)
+    node_selector: dict[str, String] = Field(default_factory=dict)
+    tolerations: list[dict[str, JsonValue]] = Field(default_factory=list)
+    resources: PodResources | None = None
+    env_from: list[dict[str, JsonValue]] = Field(default_factory=list)
+    annotations: dict[str, String] = Field(default_factory=dict)
+    run_as_user: int = Field(default=65532, ge=0)
+    fs_group: int | None = Field(default=None, ge=0)
+    workspace: Workspace = Workspace()
+    ttl_seconds: int | None = Field(default=None, ge=0)
+    kubeconfig: File | None = None
+    context: Word | None = None
+    restart_policy: JsonValue = Field(default=None, exclude=True)
+    backoff_limit: JsonValue = Field(default=None, exclude=True)
+
+
+_SET_ASIDE = ("restart_policy", "backoff_limit")
+_CONFIGS: dict[str, type[PoolConfig]] = {
+    PoolType.LOCAL_PROCESS: LocalProcessConfig,
+    PoolType.DOCKER: DockerConfig,
+    PoolType.KUBERNETES: KubernetesConfig,
+}
+
+
+# A pool.
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What the runners placed in a pool hold together: their number, cores and MiB."""
+
+    runners: int = 0
+    cpu: float = 0
+    memory_mib: int = 0
+
+
+class Pool(BaseModel):
+    """An agent pool: where runners run, what each gets, and how many fit."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    name: Identifier
+    type: PoolType = Field(strict=False)
+    max_concurrency: Count = 1
+    cpu_quota: Cores | None = None
+    memory_quota: Mebibytes | None = None
+    enabled: bool = True
+    config: LocalProcessConfig | DockerConfig | KubernetesConfig
+
+    @field_validator("config", mode="before")
+    @classmethod
+    def _of_its_type(cls, config: object, info: ValidationInfo) -> object:
+        if "type" not in info.data:
+            return LocalProcessConfig()  # the type is what is wrong; nobody knows by which keys to judge this
+        kind = _CONFIGS[info.data["type"]]
+        if isinstance(config, dict):  # a null stands for a key left out
+            config = {key: value for key, value in config.items() if value is not None or key not in kind.model_fields}
+        return kind.model_validate(config, context=info.context)
+
+    @model_validator(mode="after")
+    def _can_run_one(self) -> Self:
+        refusal = self.refusal(Usage())
+        if refusal:
+            raise ValueError(f"can never run anything: {refusal}")
+        if isinstance(self.config.resources, PodResources):
+            requests = self.config.resources.requests
+            for asked, limit in zip((requests.cpu, requests.memory), self.demand, strict=True):
+                if asked is not None and limit is not None and asked > limit:
+                    raise ValueError(f"config.resources.requests asks for {asked}, and the limit is {limit}")
+        return self
+
+    @property
+    def resources(self) -> tuple[float | None, int | None]:
+        """The cores and MiB that the pool's configuration gives each runner."""
+        match self.config.resources:
+            case Resources(cpu_limit=cpu, memory_limit=memory) | PodResources(limits=Amounts(cpu=cpu, memory=memory)):
+                return cpu, memory
+            case None:
+                return None, None
+
+    @property
+    def demand(self) -> tuple[float | None, int | None]:
+        """The cores and MiB that one runner gets; None: no limit. A quota without `resources` is each runner's limit."""
+        cpu, memory = self.resources
+        return self.cpu_quota if cpu is None else cpu, self.memory_quota if memory is None else memory
+
+    def refusal(self, usage: Usage) -> str | None:
+        """Say why one more runner does not fit beside these now; None if it does. With `resources`, quotas bound the sum."""
+        if usage.runners >= self.max_concurrency:
+            return f"pool {self.name} holds {usage.runners} runners, and its max_concurrency is {self.max_concurrency}"
+        cpu, memory = self.resources
+        if cpu and self.cpu_quota and usage.cpu + cpu > self.cpu_quota + _ROUNDING:
+            return f"a runner of pool {self.name} gets {cpu:g} cores, and {usage.cpu:g} of {self.cpu_quota:g} are taken"
+        if memory and self.memory_quota and usage.memory_mib + memory > self.memory_quota:
+            return f"a runner of pool {self.name} gets {memory} MiB, and {usage.memory_mib} of {self.memory_quota} are taken"
+        return None
+
+    @property
+    def plain_settings(self) -> dict[str, str]:
+        """The scalars that are not the launcher's, as its runners are told them."""
+        told = self.config.model_extra or {}
+        return {_variable(key): str(value) for key, value in told.items() if isinstance(value, _Scalar)}
+
+    @property
+    def policy(self) -> Policy:
+        """What the pool says about time and tries."""
+        config = self.config
+        return Policy(
+            launch_timeout_seconds=config.launch_timeout_seconds,
+            run_timeout_seconds=config.run_timeout_seconds,
+            heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
+            retry_attempts=config.retry_attempts,
+            retry_base_seconds=config.retry_base_seconds,
+            stop_grace_seconds=config.stop_grace_seconds,
+        )
+
+    @property
+    def engine(self) -> str:
+        """The engine that runs it; pools that say the same share one launcher."""
+        match self.config:
+            case LocalProcessConfig():
+                return "local-process"
+            case DockerConfig(docker_host=host):
+                return f"docker:{host}"
+            case KubernetesConfig(kubeconfig=file, context=context):
+                return f"kubernetes:{file or 'in-cluster'}" + (f":{context}" if context else "")
+
+    @property
+    def works_in_slot(self) -> bool:
+        """Whether its runners start in the slot's path or have it mounted, on whatever machine they run.
+
+        A local pool with a `working_dir` starts there and is only told of the slot.
+        """
+        match self.config:
+            case LocalProcessConfig(working_dir=elsewhere):
+                return elsewhere is None
+            case DockerConfig(mount_repo_pool=mounted):
+                return mounted
+            case KubernetesConfig(workspace=workspace):
+                return workspace.kind in ("pvc", "host_path")
+
+    @property
+    def enters_slot(self) -> bool:
+        """Whether its runners work in the slot on this machine, so that its path must exist here.
+
+        A Docker Engine behind a network address and a cluster have file systems of their own.
+        """
+        match self.config:
+            case LocalProcessConfig():
+                return self.works_in_slot
+            case DockerConfig(docker_host=host):
+                return self.works_in_slot and host.startswith("unix://")
+            case KubernetesConfig():
+                return False
+
+
+# Pools and where they come from.
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """The configured pools by name, and what was odd about their file without being wrong."""
+
+    by_name: Mapping[str, Pool] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def load_pools(path: Path | None) -> Pools:
+    """Read a pool file, or raise ConfigurationError with everything that is wrong with it."""
+    if path is None:
+        return Pools()
+    try:
+        document, twice = _parse(path)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+    wrong: list[_Wrong] = [(where, "is given twice") for where in twice if where[0] == "agent_pools"]
+    odd: list[_Wrong] = []
+    by_name = {}
+    try:
+        entries = _entries(document)
+    except ValueError as error:
+        wrong.append((("agent_pools",), str(error)))
+        entries = {}
+    for name, data in entries.items():
+        at = ("agent_pools", name)
+        if not isinstance(data, dict):
+            wrong.append((at, "must be a mapping with a type"))
+            continue
+        pool, faults = _build({**data, "name": name}, path.parent)
+        wrong += [((*at, *where), detail) for where, detail in faults]
+        odd += [((*at, *where), detail) for where, detail in _oddities(data)]
+        if pool:
+            by_name[name] = pool
+    if wrong:
+        raise ConfigurationError("\n".join(f"{path}: {_dotted(where)}: {detail}" for where, detail in wrong))
+    warnings = tuple(f"{path}: {_dotted(where)}: {detail}" for where, detail in odd)
+    for warning in warnings:
+        _log.warning("%s", warning)
+    return Pools(by_name, warnings)
+
+
+def resolve(pools: Pools, asked: str | dict[str, Any], *, allow_inline: bool) -> Pool:
+    """Find the pool that a request means: a configured one by its name, else the object itself where that is allowed."""
+    name = asked if isinstance(asked, str) else asked["name"]
+    if name in pools.by_name:
+        return pools.by_name[name]
+    text = f"no pool named {name} is configured"
+    if isinstance(asked, str):
+        raise InvalidRequest(text, Fault("/pool", text), code="unknown-pool")
+    if not allow_inline:
+        text = f"{text}, and inline pools are off"
+        raise InvalidRequest(text, Fault("/pool", text), code="inline-pools-off")
+    return inline_pool(asked)
+
+
+def inline_pool(data: dict[str, Any]) -> Pool:
+    """Make a pool of an object in a request, or raise InvalidRequest with everything that is wrong with it."""
+    pool, wrong = None, list(_not_inline(data))
+    if not wrong:
+        pool, wrong = _build(data, Path())
+    if pool is None or wrong:
+        faults = [Fault(_pointer(("pool", *where)), detail) for where, detail in wrong]
+        raise InvalidRequest("the inline pool cannot be used", *faults)
+    return pool
+
+
+def _kind(data: Mapping[str, Any]) -> type[PoolConfig] | None:
+    name = data.get("type")
+    return _CONFIGS.get(name) if isinstance(name, str) else None
+
+
+def _entries(document: object) -> dict[str, object]:
+    if not isinstance(document, dict):
+        raise ValueError("is missing")  # noqa: TRY004 -- as all that is wrong with a file
+    if "agent_pools" not in document:
+        raise ValueError(f"is missing{_meant('agent_pools', map(str, document))}")
+    entries = document["agent_pools"]
+    if entries is not None and not isinstance(entries, dict):
+        raise ValueError("must be a mapping of names to pools")
+    return entries or {}
+
+
+def _build(data: dict[str, Any], folder: Path) -> tuple[Pool | None, list[_Wrong]]:
+    """Make a pool, and say everything that is wrong with it."""
+    wrong = [(("config", *where), detail) for where, detail in _variables_refused(data)]
+    said = {key: value for key, value in data.items() if value is not None}
+    try:
+        return Pool.model_validate({"config": {}, **said}, context={"folder": folder}), wrong
+    except ValidationError as error:
+        for line in error.errors():
+            if line["type"] == "invalid_key":
+                continue  # told above, in words that help with `on:`, which YAML reads as true
+            where = line["loc"][:-1] if line["loc"][-1:] == ("[key]",) else line["loc"]
+            wrong.append((where, line["msg"].removeprefix("Value error, ")))
+    return None, wrong
+
+
+def _variables_refused(data: Mapping[str, Any]) -> Iterator[_Wrong]:
+    """Say which variables of a pool, from keys that are not ours or from its environment, cannot be set."""
+    config, kind = data.get("config"), _kind(data)
+    if kind is None or not isinstance(config, dict):
+        return
+    keys: dict[str, str] = {}
+    for key, value in config.items():
+        if not isinstance(key, str):
+            yield (str(key),), "is not text; put it in quotes"
+        elif key not in kind.model_fields and isinstance(value, _Scalar):
+            name = _variable(key)
+            if name in keys:
+                yield (key,), f"would be told as {name}, and so would {keys[name]}"
+            yield from (((key,), f"cannot be told: {refusal}") for refusal in _refused(name, str(value)))
+            keys[name] = key
+    environment = config.get("environment")
+    if isinstance(environment, dict):
+        for name, value in environment.items():
+            yield from ((("environment", name), refusal) for refusal in _refused(str(name), str(value)))
+
+
+def _refused(name: str, value: str) -> Iterator[str]:
+    if name in RESERVED:
+        yield f"{name} is set by the launcher"
+    if not _VARIABLE.fullmatch(name):
+        yield f"{name!r} is not a name for an environment variable"
+    try:
+        size = len(f"{name}={value}\0".encode())
+    except UnicodeEncodeError:
+        yield "must not hold half of a surrogate pair"
+        return
+    if "\0" in value:
+        yield "must not hold a zero byte"
+    if size > MAX_VARIABLE_BYTES:
+        yield f"is longer than {MAX_VARIABLE_BYTES} bytes, the most that one variable can hold"
+
+
+def _variable(key: str) -> str:
+    return f"RUNNER_{key.upper()}"
+
+
+def _oddities(data: Mapping[str, Any]) -> Iterator[_Wrong]:
+    """Say what in a pool of the file is probably not meant, though nothing in it is wrong."""
+    known = [key for key in Pool.model_fields if key != "name"]
+    for key in data:
+        if key not in known:
+            yield (key,), f"is not a key of a pool, and ignored{_meant(key, known)}"
+    config, kind = data.get("config"), _kind(data)
+    if kind is None or not isinstance(config, dict):
+        return
+    for key, value in config.items():
+        if key in kind.model_fields:
+            if key in _SET_ASIDE:
+                yield ("config", key), "is set aside: a Job has one pod, which is never started again"
+        elif not isinstance(value, _Scalar):
+            yield ("config", key), f"is not a key of a {data['type']} pool, and ignored{_meant(key, kind.model_fields)}"
+        elif meant := _meant(key, kind.model_fields):
+            yield ("config", key), f"is not the launcher's, and told to runners as {_variable(key)}{meant}"
+
+
+def _meant(key: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(key).lower(), known, n=1, cutoff=_CLOSE)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _not_inline(data: Mapping[str, Any]) -> Iterator[_Wrong]:
+    """Say which keys of an object in a request are for the pool file alone."""
+    for key in data:
+        if key not in Pool.model_fields:
+            yield (key,), "is not a key of an inline pool"
+    config, kind = data.get("config"), _kind(data)
+    if kind is None or not isinstance(config, dict):
+        return
+    allowed = {"image", "command", "environment", "labels", "resources"}
+    if kind is LocalProcessConfig:
+        allowed -= {"command", "environment"}
+    for key, value in config.items():
+        if key in kind.model_fields and key not in allowed:
+            yield ("config", key), "is not for inline pools"
+        elif key not in kind.model_fields and not isinstance(value, _Scalar):
+            yield ("config", key), f"is not a key of a {data['type']} pool, and not a scalar to tell to its runners"
+
+
+def _dotted(where: _Location) -> str:
+    return ".".join(map(str, where))
+
+
+def _pointer(where: _Location) -> str:
+    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in where)
+
+
+# YAML.
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that leaves dates and `1000:50` (a user and group, not 60050) as they are written."""
+
+
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> object:
+    return node.value if ":" in node.value else loader.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+def _parse(path: Path) -> tuple[object, list[_Location]]:
+    """Read a YAML file; with it, the keys given twice, of which YAML itself would silently take the last."""
+    try:
+        with path.open("rb") as file:
+            loader = _Loader(file)
+            try:
+                root = loader.get_single_node()
+                twice = _given_twice(root)  # before constructing, which merges keys into the nodes
+                return loader.construct_document(root) if root else None, twice
+            finally:
+                loader.dispose()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: nested too deep") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+
+
+def _given_twice(root: yaml.Node | None) -> list[_Location]:
+    """Find repeated keys among the nodes as written. Overriding a key merged with `<<` is no repetition."""
+    twice: list[_Location] = []
+    seen: set[int] = set()
+    pending: list[tuple[_Location, yaml.Node | None]] = [((), root)]
+    for at, node in pending:
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            pending += [((*at, index), item) for index, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE]
+            times = Counter((key.tag, key.value) for key in scalars)
+            twice += [(*at, name) for (_, name), count in times.items() if count > 1]
+            pending += [((*at, str(key.value)), value) for key, value in node.value]
+    return twice

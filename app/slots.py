@@ -1,0 +1,34 @@
+"""Where a slot really is, and whether runners may work there.
+
+A path in a request names a directory of this machine, so it is checked against the operator's roots after every symbolic
+link in it is followed; what is entered later is the real path, not the one that was given. Blocks.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from app.errors import Fault, InvalidRequest
+
+POINTER = "/slot/slot_path"
+
+
+def real_place(slot_path: str, roots: Sequence[Path]) -> str:
+    """Give the real path of a slot. Raises InvalidRequest unless it is a directory under one of the roots."""
+    try:
+        real = Path(slot_path).resolve(strict=True)
+    except FileNotFoundError:
+        raise _refused(f"{slot_path} does not exist", "no-such-slot-path") from None
+    except (OSError, RuntimeError) as error:
+        raise _refused(f"{slot_path} cannot be followed: {error}", "no-such-slot-path") from None
+    if not real.is_dir():
+        raise _refused(f"{slot_path} is not a directory", "no-such-slot-path")
+    if not roots:
+        raise _refused("no slot may be entered: RUNNER_LAUNCHER_SLOT_ROOTS is empty", "slot-outside-roots")
+    if not any(real.is_relative_to(root.resolve()) for root in roots):
+        leads = f", which leads to {real}," if str(real) != slot_path else ""
+        raise _refused(f"{slot_path}{leads} is not under any of the slot roots", "slot-outside-roots")
+    return str(real)
+
+
+def _refused(detail: str, code: str) -> InvalidRequest:
+    return InvalidRequest(detail, Fault(POINTER, detail), code=code)
