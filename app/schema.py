@@ -1,0 +1,76 @@
+"""The tables. A runner is one row: the columns that are searched or guarded, and the whole of it as JSON in ``body``.
+
+The unique indexes over live rows are the slot guard: they hold even against a defect in the code above them.
+"""
+
+from sqlalchemy import Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, text
+
+HEAD = "0001"
+"""The migration that this code expects; a test compares it with the scripts."""
+
+metadata = MetaData()
+
+LIVE = text("phase != 'finished'")
+
+runners = Table(
+    "runners",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("runner_id", String, nullable=False, unique=True),
+    Column("revision", Integer, nullable=False),
+    Column("phase", String, nullable=False),
+    Column("state", String, nullable=False),
+    Column("pool_name", String, nullable=False),
+    Column("task_id", String, nullable=False),
+    Column("slot_id", String, nullable=False),
+    Column("slot_place", String),
+    Column("created_at", Float, nullable=False),
+    Column("cpu", Float),
+    Column("memory_mib", Integer),
+    Column("last_heartbeat", Float),
+    Column("cleaned", Boolean, nullable=False),
+    Column("body", Text, nullable=False),
+    sqlite_autoincrement=True,
+)
+Index("runners_live_slot", runners.c.slot_id, unique=True, sqlite_where=LIVE, postgresql_where=LIVE)
+Index("runners_live_place", runners.c.slot_place, unique=True, sqlite_where=LIVE, postgresql_where=LIVE)
+Index("runners_live_pool", runners.c.pool_name, runners.c.phase, sqlite_where=LIVE, postgresql_where=LIVE)
+Index("runners_unclean", runners.c.seq, sqlite_where=text("cleaned = 0"), postgresql_where=text("NOT cleaned"))
+Index("runners_task", runners.c.task_id, runners.c.seq)
+Index("runners_slot", runners.c.slot_id, runners.c.seq)
+Index("runners_pool", runners.c.pool_name, runners.c.seq)
+Index("runners_state", runners.c.state, runners.c.seq)
+
+specs = Table(  # how to launch, secrets included; wiped at the end
+    "specs",
+    metadata,
+    Column("runner_id", String, primary_key=True),
+    Column("spec", Text, nullable=False),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("revision", Integer, primary_key=True, autoincrement=True),
+    Column("runner_id", String, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("body", Text, nullable=False),
+    sqlite_autoincrement=True,
+)
+Index("events_runner", events.c.runner_id, events.c.revision)
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("caller", String, primary_key=True),
+    Column("key", String, primary_key=True),
+    Column("request_sha256", String, nullable=False),
+    Column("runner_id", String, nullable=False),
+)
+
+pool_switches = Table(  # a pool switched on or off by hand, which beats the file
+    "pool_switches",
+    metadata,
+    Column("pool_name", String, primary_key=True),
+    Column("enabled", Boolean, nullable=False),
+)

@@ -1,0 +1,527 @@
+"""What is known of runners, durably: the only SQL.
+
+All writes go through one thread with one connection, which takes whatever waits and commits it together: one disk flush for
+many writes. A write is a function of that connection, run inside its own savepoint; its caller gets its result, or its
+exception, after the commit. Changes are published after the commit too, in the order of their revisions. Because a caller
+that goes away cannot recall a write, nothing here depends on it staying.
+
+Every change of a runner is conditional on the revision it was decided on, and carries its event.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from pydantic import JsonValue, TypeAdapter
+from sqlalchemy import Connection, Engine, Row
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import QueuePool
+
+from app.errors import ConfigurationError, InvalidRequest, NotFound, PoolFull, SlotBusy, Unavailable
+from app.events import Change, Event
+from app.launcher import LaunchSpec
+from app.pools import Usage
+from app.runner import PLACED, Phase, Runner, State, admitted
+from app.schema import HEAD, LIVE, events, idempotency_keys, pool_switches, runners, specs
+
+log = logging.getLogger(__name__)
+
+BATCH = 500
+READERS = 2
+
+T = TypeVar("T")
+Write = Callable[[Connection, list[Change]], T]
+
+_runner = TypeAdapter(Runner)
+_spec = TypeAdapter(LaunchSpec)
+_event = TypeAdapter(Event)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intent:
+    """A launch to be recorded: the runner as it starts if there is room now, how to launch it, and who asked.
+
+    ``refusal`` says why one more runner does not fit a pool that is used so; up to ``queue_limit`` of those wait.
+    """
+
+    runner: Runner
+    spec: LaunchSpec
+    refusal: Callable[[Usage], str | None]
+    queue_limit: int
+    caller: str
+    key: str | None
+    request_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filter:
+    """Which runners a list asks for; None: all. ``since`` is seconds since the epoch; ``before`` a place in the list."""
+
+    state: State | None = None
+    phase: Phase | None = None
+    pool: str | None = None
+    task_id: str | None = None
+    slot_id: str | None = None
+    since: float | None = None
+    before: int | None = None
+    limit: int = 100
+
+
+class Store:
+    """Runners, their events and specs, idempotency keys and pool switches, in one database."""
+
+    def __init__(self, url: str, publish: Callable[[Sequence[Change]], None]) -> None:
+        self._publish = publish
+        self._url = sa.make_url(url)
+        self._writes: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write_all, name="store writer", daemon=True)
+        self._readers = ThreadPoolExecutor(READERS, "store reader")
+
+    async def open(self) -> None:
+        """Open the database, brought up to date. Raises ConfigurationError."""
+        self._loop = asyncio.get_running_loop()
+        await asyncio.to_thread(self._open)
+        self._writer.start()
+
+    def _open(self) -> None:
+        if self._url.get_backend_name() != "sqlite" or not self._url.database:
+            raise ConfigurationError(f"RUNNER_LAUNCHER_DATABASE_URL: only sqlite:///PATH is understood, not {self._url!r}")
+        Path(self._url.database).touch(mode=0o600)
+        self._write_engine = _sqlite(self._url, readers=0)
+        self._read_engine = _sqlite(self._url, readers=READERS)
+        _migrate(self._write_engine)
+
+    async def aclose(self) -> None:
+        """Finish the writes that were asked for, and close."""
+        if self._writer.is_alive():
+            self._writes.put(None)
+            await asyncio.to_thread(self._writer.join)
+        self._readers.shutdown()
+        for name in ("_write_engine", "_read_engine"):
+            if engine := getattr(self, name, None):
+                engine.dispose()
+
+    # Writes.
+
+    async def intend(self, intent: Intent) -> tuple[Runner, bool]:
+        """Record a launch with its slot and its place in the pool, or find the one this key stands for (True).
+
+        Raises InvalidRequest (key used for another request), SlotBusy, PoolFull, Unavailable.
+        """
+        return await self._write(functools.partial(_intend, intent))
+
+    async def admit(self, runner: Runner, refusal: Callable[[Usage], str | None], now: float) -> bool:
+        """Give a queued runner a place, if there is one and nobody waits before it."""
+        return await self._write(functools.partial(_admit, runner, refusal, now))
+
+    async def change(
+        self, old: Runner, new: Runner, event: str, at: float, data: dict[str, JsonValue] | None = None
+    ) -> Runner | None:
+        """Write a change decided on ``old``; None if the runner has changed since, and then nothing is written."""
+        return await self._write(functools.partial(_change, old=old, new=new, event_type=event, at=at, data=data))
+
+    async def beat(self, runner_id: str, at: float) -> None:
+        """Note a sign of life."""
+
+        def write(connection: Connection, _: list[Change]) -> None:
+            row = sa.update(runners).where(runners.c.runner_id == runner_id, runners.c.phase != Phase.FINISHED)
+            connection.execute(row.values(last_heartbeat=at))
+
+        await self._write(write)
+
+    async def forget_spec(self, runner_id: str) -> None:
+        """Wipe a finished runner's secrets: nothing of it is left on its engine."""
+
+        def write(connection: Connection, _: list[Change]) -> None:
+            connection.execute(sa.delete(specs).where(specs.c.runner_id == runner_id))
+            connection.execute(sa.update(runners).where(runners.c.runner_id == runner_id).values(cleaned=True))
+
+        await self._write(write)
+
+    async def switch_pool(self, pool_name: str, *, enabled: bool) -> None:
+        """Keep a pool on or off, whatever its file says."""
+
+        def write(connection: Connection, _: list[Change]) -> None:
+            connection.execute(sa.delete(pool_switches).where(pool_switches.c.pool_name == pool_name))
+            connection.execute(sa.insert(pool_switches).values(pool_name=pool_name, enabled=enabled))
+
+        await self._write(write)
+
+    # Reads.
+
+    async def get(self, runner_id: str) -> Runner:
+        """Give a runner. Raises NotFound."""
+        return await self._read(lambda connection: _get(connection, runner_id))
+
+    async def spec(self, runner_id: str) -> LaunchSpec | None:
+        """Give how to launch a runner; None once that is wiped."""
+        query = sa.select(specs.c.spec).where(specs.c.runner_id == runner_id)
+        text = await self._read(lambda connection: connection.execute(query).scalar())
+        return None if text is None else _spec.validate_json(text)
+
+    async def unclean(self) -> list[str]:
+        """Give the ids of all runners that still need something done."""
+        query = sa.select(runners.c.runner_id).where(sa.not_(runners.c.cleaned)).order_by(runners.c.seq)
+        return await self._read(lambda connection: list(connection.execute(query).scalars()))
+
+    async def accepted(self) -> list[Runner]:
+        """Give all live runners that an engine has accepted."""
+        query = _whole().where(LIVE, runners.c.phase.in_(PLACED))
+        rows = await self._read(lambda connection: connection.execute(query).all())
+        return [runner for runner in map(_load, rows) if runner.accepted]
+
+    async def queued(self, pool_name: str) -> list[str]:
+        """Give the ids of the runners that wait for a place in a pool, the next one first."""
+        waiting = sa.and_(LIVE, runners.c.pool_name == pool_name, runners.c.phase == Phase.QUEUED)
+        query = sa.select(runners.c.runner_id).where(waiting)
+        return await self._read(lambda connection: list(connection.execute(query.order_by(runners.c.seq)).scalars()))
+
+    async def replayed(self, caller: str, key: str, request_sha256: str) -> Runner | None:
+        """Give the runner that this key of this caller stands for. Raises InvalidRequest if for another request."""
+        return await self._read(lambda connection: _replayed(connection, caller, key, request_sha256))
+
+    async def page(self, wanted: Filter) -> tuple[list[Runner], int | None]:
+        """Give runners, newest first, and the place where the next page begins if there may be one."""
+        return await self._read(lambda connection: _page(connection, wanted))
+
+    async def history(self, runner_id: str) -> list[Event]:
+        """Give a runner's events, the first one first."""
+        query = sa.select(events.c.revision, events.c.body).where(events.c.runner_id == runner_id)
+        rows = await self._read(lambda connection: connection.execute(query.order_by(events.c.revision)).all())
+        return [replace(_event.validate_json(row.body), revision=row.revision) for row in rows]
+
+    async def usage(self) -> dict[str, Usage]:
+        """Give what is in use, by pool; a pool that is not named has nothing in use."""
+        query = _usage().add_columns(runners.c.pool_name).group_by(runners.c.pool_name)
+        rows = await self._read(lambda connection: connection.execute(query).all())
+        return {row.pool_name: Usage(runners=row.runners, cpu=row.cpu, memory_mib=row.memory_mib) for row in rows}
+
+    async def queue_lengths(self) -> dict[str, int]:
+        """Give how many launches wait, by pool; a pool that is not named has none."""
+        query = sa.select(runners.c.pool_name, sa.func.count().label("waiting")).where(LIVE, runners.c.phase == Phase.QUEUED)
+        rows = await self._read(lambda connection: connection.execute(query.group_by(runners.c.pool_name)).all())
+        return {row.pool_name: row.waiting for row in rows}
+
+    async def pool_switches(self) -> dict[str, bool]:
+        """Give the pools that were switched by hand."""
+        query = sa.select(pool_switches.c.pool_name, pool_switches.c.enabled)
+        rows = await self._read(lambda connection: connection.execute(query).all())
+        return {row.pool_name: row.enabled for row in rows}
+
+    # The threads.
+
+    async def _read(self, query: Callable[[Connection], T]) -> T:
+        def read() -> T:
+            with self._read_engine.connect() as connection:
+                return query(connection)
+
+        try:
+            return await self._loop.run_in_executor(self._readers, read)
+        except DBAPIError as error:
+            raise Unavailable(f"the store cannot be read: {error.orig}", code="store-unavailable") from error
+
+    async def _write(self, write: Write[T]) -> T:
+        pending = _Pending(write, self._loop.create_future())
+        self._writes.put(pending)
+        return await asyncio.shield(pending.future)
+
+    def _write_all(self) -> None:
+        while first := self._writes.get():
+            batch, last = [first], False
+            while len(batch) < BATCH and not last:
+                with contextlib.suppress(queue.Empty):
+                    more = self._writes.get_nowait()
+                    if more is not None:
+                        batch.append(more)
+                        continue
+                    self._writes.put(None)  # closing: this batch, then the end
+                last = True
+            self._commit(batch)
+
+    def _commit(self, batch: list["_Pending"]) -> None:
+        changes: list[Change] = []
+        try:
+            with self._write_engine.begin() as connection:
+                for pending in batch:
+                    pending.run(connection, changes)
+        except DBAPIError as error:
+            log.exception("the store refused a write")
+            changes = []
+            for pending in batch:
+                pending.error = Unavailable(f"the store refused the write: {error.orig}", code="store-unavailable")
+        self._loop.call_soon_threadsafe(self._resolve, batch, changes)
+
+    def _resolve(self, batch: list["_Pending"], changes: list[Change]) -> None:
+        self._publish(changes)
+        for pending in batch:
+            pending.resolve()
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """A write that waits for its commit."""
+
+    write: Write[Any]
+    future: asyncio.Future[Any]
+    result: Any = None
+    error: Exception | None = None
+
+    def run(self, connection: Connection, changes: list[Change]) -> None:
+        made: list[Change] = []
+        try:
+            with connection.begin_nested():
+                self.result = self.write(connection, made)
+        except DBAPIError:
+            raise
+        except Exception as error:  # noqa: BLE001 - handed to the caller as it is
+            self.error = error
+        else:
+            changes += made
+
+    def resolve(self) -> None:
+        if self.future.done():
+            return
+        if self.error:
+            self.future.set_exception(self.error)
+            self.future.exception()  # the caller may be gone
+        else:
+            self.future.set_result(self.result)
+
+
+def _sqlite(url: sa.URL, readers: int) -> Engine:
+    """Open one database for its one writer, or for a number of readers.
+
+    Exactly one connection writes and checkpoints: SQLite before 3.51.3 can corrupt a database that two write to.
+    """
+    engine = sa.create_engine(
+        url.set(drivername="sqlite+pysqlite"),
+        poolclass=QueuePool,
+        pool_size=readers or 1,
+        max_overflow=0,
+        connect_args={"check_same_thread": False, "timeout": 5},
+    )
+    mode = (
+        "PRAGMA query_only=1; PRAGMA wal_autocheckpoint=0" if readers else "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL"
+    )
+
+    @sa.event.listens_for(engine, "connect")
+    def connect(connection: Any, _: object) -> None:  # noqa: ANN401 - a driver's connection
+        connection.isolation_level = None  # we begin transactions, not the driver
+        connection.executescript(f"PRAGMA busy_timeout=5000; {mode};")
+
+    if not readers:
+
+        @sa.event.listens_for(engine, "begin")
+        def begin(connection: Connection) -> None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _migrate(engine: Engine) -> None:
+    """Bring the tables up to date."""
+    with engine.begin() as connection:
+        version = None
+        if sa.inspect(connection).has_table("alembic_version"):
+            version = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+        if version == HEAD:
+            return
+        if version is not None and version > HEAD:
+            raise ConfigurationError(f"the database was written by a newer version ({version}; this one knows {HEAD})")
+        from alembic import command  # noqa: PLC0415 - 0.2 s to import, needed once
+        from alembic.config import Config  # noqa: PLC0415
+
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+# What happens inside a transaction.
+
+
+def _intend(intent: Intent, connection: Connection, changes: list[Change]) -> tuple[Runner, bool]:
+    if intent.key and (known := _replayed(connection, intent.caller, intent.key, intent.request_sha256)):
+        return known, True
+    runner = intent.runner
+    _check_slot(connection, runner)
+    why_not = intent.refusal(_pool_usage(connection, runner.pool_name))
+    waiting = _count(connection, runner.pool_name, Phase.QUEUED)
+    if why_not or waiting:
+        if waiting >= intent.queue_limit:
+            raise PoolFull(why_not or f"{waiting} launches wait for pool {runner.pool_name} already")
+        runner = replace(runner, phase=Phase.QUEUED, calls=0)
+    event = Event(
+        runner_id=runner.runner_id,
+        at=runner.created_at,
+        type="accepted",
+        from_phase=None,
+        to_phase=runner.phase,
+        message=why_not if runner.phase is Phase.QUEUED else None,
+    )
+    event = _append(connection, event)
+    runner = replace(runner, revision=event.revision)
+    connection.execute(sa.insert(runners).values(_columns(runner)))
+    connection.execute(sa.insert(specs).values(runner_id=runner.runner_id, spec=_spec.dump_json(intent.spec).decode()))
+    if intent.key:
+        row = {"caller": intent.caller, "key": intent.key, "request_sha256": intent.request_sha256}
+        connection.execute(sa.insert(idempotency_keys).values(row, runner_id=runner.runner_id))
+    changes.append(Change(runner, event))
+    return runner, False
+
+
+def _check_slot(connection: Connection, runner: Runner) -> None:
+    """Raise SlotBusy if the slot, by its id or its place, has a live runner."""
+    same = runners.c.slot_id == runner.slot_id
+    if runner.slot_place is not None:
+        same |= runners.c.slot_place == runner.slot_place
+    row = connection.execute(_whole().where(same, LIVE).limit(1)).first()
+    if row:
+        holder = _load(row)
+        raise SlotBusy(f"slot {runner.slot_id} is held by {holder.runner_id}, which is {holder.phase}", holder)
+
+
+def _admit(
+    runner: Runner, refusal: Callable[[Usage], str | None], now: float, connection: Connection, changes: list[Change]
+) -> bool:
+    first = sa.select(sa.func.min(runners.c.seq)).where(
+        runners.c.pool_name == runner.pool_name, runners.c.phase == Phase.QUEUED
+    )
+    mine = sa.select(runners.c.seq).where(runners.c.runner_id == runner.runner_id)
+    if connection.execute(first).scalar() != connection.execute(mine).scalar():
+        return False
+    if refusal(_pool_usage(connection, runner.pool_name)):
+        return False
+    return _change(connection, changes, old=runner, new=admitted(runner, now), event_type="admitted", at=now) is not None
+
+
+def _change(
+    connection: Connection,
+    changes: list[Change],
+    *,
+    old: Runner,
+    new: Runner,
+    event_type: str,
+    at: float,
+    data: dict[str, JsonValue] | None = None,
+) -> Runner | None:
+    current = sa.select(runners.c.revision).where(runners.c.runner_id == old.runner_id)
+    if connection.execute(current).scalar() != old.revision:
+        return None
+    event = Event(
+        runner_id=old.runner_id,
+        at=at,
+        type=event_type,
+        from_phase=old.phase,
+        to_phase=new.phase,
+        reason=new.reason or (new.stop.reason if new.stop else None),
+        message=new.message or (new.stop.message if new.stop else None),
+        data=data or {},
+    )
+    event = _append(connection, event)
+    new = replace(new, revision=event.revision)
+    row = sa.update(runners).where(runners.c.runner_id == old.runner_id, runners.c.revision == old.revision)
+    columns = _columns(new)
+    del columns["last_heartbeat"], columns["cleaned"]  # written by themselves, and not to be undone
+    if connection.execute(row.values(columns)).rowcount != 1:
+        raise RuntimeError(f"{old.runner_id} changed inside a transaction that had read it")
+    changes.append(Change(new, event))
+    return new
+
+
+def _append(connection: Connection, event: Event) -> Event:
+    row = sa.insert(events).values(runner_id=event.runner_id, at=event.at, body=_event.dump_json(event).decode())
+    key = connection.execute(row).inserted_primary_key
+    return replace(event, revision=key[0]) if key else event
+
+
+def _replayed(connection: Connection, caller: str, key: str, request_sha256: str) -> Runner | None:
+    same = (idempotency_keys.c.caller == caller) & (idempotency_keys.c.key == key)
+    row = connection.execute(sa.select(idempotency_keys.c.request_sha256, idempotency_keys.c.runner_id).where(same)).first()
+    if row is None:
+        return None
+    if row.request_sha256 != request_sha256:
+        raise InvalidRequest("this Idempotency-Key was used for another request", code="idempotency-key-reused")
+    return _get(connection, row.runner_id)
+
+
+def _get(connection: Connection, runner_id: str) -> Runner:
+    row = connection.execute(_whole().where(runners.c.runner_id == runner_id)).first()
+    if row is None:
+        raise NotFound(f"no runner {runner_id}")
+    return _load(row)
+
+
+def _page(connection: Connection, wanted: Filter) -> tuple[list[Runner], int | None]:
+    query = _whole().add_columns(runners.c.seq).order_by(runners.c.seq.desc()).limit(wanted.limit + 1)
+    for column, value in {
+        runners.c.state: wanted.state,
+        runners.c.phase: wanted.phase,
+        runners.c.pool_name: wanted.pool,
+        runners.c.task_id: wanted.task_id,
+        runners.c.slot_id: wanted.slot_id,
+    }.items():
+        if value is not None:
+            query = query.where(column == value)
+    if wanted.since is not None:
+        query = query.where(runners.c.created_at >= wanted.since)
+    if wanted.before is not None:
+        query = query.where(runners.c.seq < wanted.before)
+    rows = connection.execute(query).all()
+    page = rows[: wanted.limit]
+    return [_load(row) for row in page], page[-1].seq if len(rows) > wanted.limit else None
+
+
+def _usage() -> sa.Select[Any]:
+    return sa.select(
+        sa.func.count().label("runners"),
+        sa.func.coalesce(sa.func.sum(runners.c.cpu), 0.0).label("cpu"),
+        sa.func.coalesce(sa.func.sum(runners.c.memory_mib), 0).label("memory_mib"),
+    ).where(LIVE, runners.c.phase.in_(PLACED))
+
+
+def _pool_usage(connection: Connection, pool_name: str) -> Usage:
+    row = connection.execute(_usage().where(runners.c.pool_name == pool_name)).one()
+    return Usage(runners=row.runners, cpu=row.cpu, memory_mib=row.memory_mib)
+
+
+def _count(connection: Connection, pool_name: str, phase: Phase) -> int:
+    query = sa.select(sa.func.count()).where(LIVE, runners.c.pool_name == pool_name, runners.c.phase == phase)
+    return connection.execute(query).scalar_one()
+
+
+def _whole() -> sa.Select[Any]:
+    return sa.select(runners.c.body, runners.c.revision, runners.c.last_heartbeat, runners.c.cleaned)
+
+
+def _load(row: Row[Any]) -> Runner:
+    runner = _runner.validate_json(row.body)
+    return replace(runner, revision=row.revision, last_heartbeat=row.last_heartbeat, cleaned=row.cleaned)
+
+
+def _columns(runner: Runner) -> dict[str, Any]:
+    return {
+        "runner_id": runner.runner_id,
+        "revision": runner.revision,
+        "phase": runner.phase,
+        "state": runner.state,
+        "pool_name": runner.pool_name,
+        "task_id": runner.task_id,
+        "slot_id": runner.slot_id,
+        "slot_place": runner.slot_place,
+        "created_at": runner.created_at,
+        "cpu": runner.cpu,
+        "memory_mib": runner.memory_mib,
+        "last_heartbeat": runner.last_heartbeat,
+        "cleaned": runner.cleaned,
+        "body": _runner.dump_json(runner).decode(),
+    }
