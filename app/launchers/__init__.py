@@ -1,0 +1,28 @@
+"""The adapters of the port in launcher.py, one per environment; none knows another."""
+
+import importlib.util
+from pathlib import Path
+
+from app.errors import LaunchRejected
+from app.launcher import Launcher
+from app.reason import Reason
+
+_NEEDS = {"docker": "aiodocker", "kubernetes": "kubernetes_asyncio"}
+
+
+def open_launcher(engine: str, state_dir: Path) -> Launcher:
+    """Open the launcher of an engine, named as pools name it; its library loads only now.
+
+    Raises LaunchRejected when this installation has none for it.
+    """
+    kind = engine.partition(":")[0]
+    if kind == "local-process":
+        from app.launchers.local_process import LocalProcessLauncher  # noqa: PLC0415 - only what a pool needs is loaded
+
+        return LocalProcessLauncher(state_dir / "runners")
+    library = _NEEDS.get(kind)
+    if library and not importlib.util.find_spec(library):
+        raise LaunchRejected(
+            f"{kind} pools need the library {library}: pip install 'runner-launcher[{kind}]'", Reason.CONFIG_ERROR
+        )
+    raise LaunchRejected(f"this version has no launcher for {kind} pools yet", Reason.CONFIG_ERROR)

@@ -1,0 +1,271 @@
+"""Runners as processes of this machine. The engine is the kernel.
+
+Each runner has a run directory and is owned by a shim (shim.sh, which says what lies in the directory). The shim outlives
+the service, so exit status and log are there when a restarted service looks. The service holds one file descriptor per
+live runner, the writing end of its shim's fifo: the kernel reports an error on it when the shim ends.
+
+A command that cannot be found or run is rejected before anything starts. One that the kernel refuses later (a script whose
+interpreter is missing) exits with code 126 or 127, as in any shell. A runner whose shim is killed is killed too: nobody
+could tell how it ended.
+"""
+
+import asyncio
+import contextlib
+import errno
+import functools
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from app.errors import LauncherUnavailable, LaunchRejected, RunnerGone
+from app.launcher import Exited, Found, Gone, Handle, LaunchSpec, LogLine, Observation, Running, Starting
+from app.launchers import cgroup
+from app.launchers.run_directory import Prepared, RunDirectory
+from app.logs import LogFile
+
+SHIM = Path(__file__).with_name("shim.sh")
+SHIM_SLACK_SECONDS = 2.0
+"""How much later than the service the shim enforces the run deadline: it is there for when the service is not."""
+
+TRIM_SECONDS = 1.0
+_START_SECONDS = 10.0
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """A runner that this process watches: its shim is alive as long as the fifo has a reader."""
+
+    handle: Handle
+    fifo: int
+    log_max: int
+    ended: bool = False
+    exit: Exited | None = None
+    concluding: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class LocalProcessLauncher:
+    """Starts runners as local processes under ``directory``, which must be on a local file system."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._runs: dict[str, _Run] = {}
+        self._changed: asyncio.Queue[str] = asyncio.Queue()
+        self._trimmer: asyncio.Task[None] | None = None
+        self._node = socket.gethostname()
+
+    async def launch(self, runner_id: str, spec: LaunchSpec) -> Handle:
+        place = self._place(runner_id)
+        if prepared := await asyncio.to_thread(self._prepare, place, spec):
+            with prepared.log:
+                await _start_shim(place, spec, prepared)
+        run = await self._find(runner_id)
+        if run is None:
+            words = await asyncio.to_thread(place.last_words)
+            raise LauncherUnavailable(f"the shim of {runner_id} did not start: {words}", acted=False)
+        return run.handle
+
+    async def observe(self, handles: Sequence[Handle]) -> Mapping[str, Observation]:
+        seen: dict[str, Observation] = {}
+        for handle in handles:
+            run = await self._find(handle.runner_id)
+            if run is None:
+                seen[handle.runner_id] = Gone()
+            elif not run.ended:
+                seen[handle.runner_id] = Running() if run.handle.pid else Starting()
+            elif exited := await self._conclude(run):
+                seen[handle.runner_id] = exited
+        return seen
+
+    async def watch(self) -> AsyncIterator[str]:
+        while True:
+            yield await self._changed.get()
+
+    async def stop(self, handle: Handle, grace: float) -> None:
+        run = await self._find(handle.runner_id)
+        if run and not run.ended:
+            await asyncio.to_thread(self._place(handle.runner_id).order_end, kill=grace <= 0)
+
+    async def logs(self, handle: Handle, *, after: str | None = None, follow: bool = False) -> AsyncIterator[LogLine]:
+        run = await self._find(handle.runner_id)
+        if run is None:
+            raise RunnerGone(f"no runner {handle.runner_id} on this machine")
+        log = LogFile(self._place(handle.runner_id).log)
+        try:
+            async for offset, text in log.lines(int(after or 0), follow=(lambda: not run.ended) if follow else None):
+                yield LogLine(str(offset), text)
+        except FileNotFoundError as error:
+            raise RunnerGone(f"no runner {handle.runner_id} on this machine") from error
+
+    def log_file(self, handle: Handle) -> Path | None:
+        return self._place(handle.runner_id).log
+
+    async def list(self) -> Sequence[Found]:
+        return await asyncio.to_thread(self._list)
+
+    async def remove(self, handle: Handle) -> None:
+        if run := self._runs.pop(handle.runner_id, None):
+            run.ended = True
+            _unwatch(run)
+        await asyncio.to_thread(self._place(handle.runner_id).remove)
+
+    async def ping(self) -> None:
+        if not await asyncio.to_thread(os.access, self._directory.parent, os.W_OK):
+            raise LauncherUnavailable(f"{self._directory.parent} cannot be written")
+
+    async def aclose(self) -> None:
+        if self._trimmer:
+            self._trimmer.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._trimmer
+            self._trimmer = None
+        for run in self._runs.values():
+            run.ended = True  # ends followers; the runner itself lives on
+            _unwatch(run)
+        self._runs.clear()
+
+    def _place(self, runner_id: str) -> RunDirectory:
+        return RunDirectory(self._directory / runner_id)
+
+    def _prepare(self, place: RunDirectory, spec: LaunchSpec) -> Prepared | None:
+        return place.prepare(spec, cgroup.probed(), self._node)
+
+    async def _find(self, runner_id: str) -> _Run | None:
+        """Give a runner that was started by whomever, watched from now on; None if none was."""
+        if run := self._runs.get(runner_id):
+            return run
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            look = await asyncio.to_thread(self._place(runner_id).look)
+            if look is None or runner_id in self._runs:
+                if look and look.fifo >= 0:
+                    os.close(look.fifo)
+                return self._runs.get(runner_id)
+            if look.handle.pid or look.fifo < 0 or time.monotonic() > deadline:
+                break
+            os.close(look.fifo)  # its shim is just about to start it
+            await asyncio.sleep(0.005)
+        run = self._runs[runner_id] = _Run(look.handle, look.fifo, look.log_max, ended=look.fifo < 0)
+        if not run.ended:
+            asyncio.get_running_loop().add_reader(run.fifo, self._ended, run)
+        if self._trimmer is None:
+            self._trimmer = asyncio.create_task(self._trim(), name="trim logs")
+        return run
+
+    def _ended(self, run: _Run) -> None:
+        run.ended = True
+        _unwatch(run)
+        self._changed.put_nowait(run.handle.runner_id)
+
+    async def _conclude(self, run: _Run) -> Exited | None:
+        """Say how it ended, once nothing of it lives; None while something still does."""
+        async with run.concluding:
+            if run.exit is None:
+                place = self._place(run.handle.runner_id)
+                run.exit = await asyncio.to_thread(place.conclude, run.log_max)
+            return run.exit
+
+    async def _trim(self) -> None:
+        """Keep the log of every live runner under its cap."""
+        while True:
+            await asyncio.sleep(TRIM_SECONDS)
+            live = [run for run in self._runs.values() if not run.ended]
+            logs = [(LogFile(self._place(run.handle.runner_id).log), run.log_max) for run in live]
+            await asyncio.to_thread(_trim_all, logs)
+
+    def _list(self) -> Sequence[Found]:
+        found = []
+        with contextlib.suppress(FileNotFoundError):
+            for path in self._directory.iterdir():
+                labels = RunDirectory(path).labels()
+                if labels is not None:
+                    found.append(Found(Handle(runner_id=path.name), labels, path.stat().st_mtime))
+        return found
+
+
+async def _start_shim(place: RunDirectory, spec: LaunchSpec, prepared: Prepared) -> None:
+    """Start a shim, and wait until it has started the runner or found that another shim did."""
+    deadline = "-" if spec.run_timeout_seconds is None else f"{spec.run_timeout_seconds + SHIM_SLACK_SECONDS:.3f}"
+    ready, told = os.pipe()
+    try:
+        try:
+            shim = await asyncio.create_subprocess_exec(
+                "setsid",  # forks, being a group's leader already: the shim is nobody's child, and needs no reaping here
+                *_shell(),
+                str(SHIM),
+                str(place.path),
+                deadline,
+                f"{spec.stop_grace_seconds:.3f}",
+                *_with_default_signals(),
+                *prepared.prefix,
+                *(spec.command or ()),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=told,
+                stderr=prepared.log,
+                cwd=spec.working_dir,
+                env=prepared.environment,
+                start_new_session=True,
+            )
+        finally:
+            os.close(told)
+        await asyncio.wait_for(_readable(ready), _START_SECONDS)
+        await shim.wait()
+    except TimeoutError as error:
+        raise LauncherUnavailable(f"the shim said nothing for {_START_SECONDS:g} s") from error
+    except OSError as error:
+        raise _start_error(error, spec) from error
+    finally:
+        os.close(ready)
+
+
+def _start_error(error: OSError, spec: LaunchSpec) -> LauncherUnavailable | LaunchRejected:
+    if error.errno == errno.E2BIG:
+        return LaunchRejected("the command and its environment are larger than the kernel takes")
+    if error.errno in (errno.ENOENT, errno.EACCES, errno.ENOTDIR):
+        return LaunchRejected(f"cannot start in {spec.working_dir}: {error.strerror}")
+    return LauncherUnavailable(f"cannot start a process: {error}", acted=False)
+
+
+def _unwatch(run: _Run) -> None:
+    if run.fifo >= 0:
+        asyncio.get_running_loop().remove_reader(run.fifo)
+        os.close(run.fifo)
+        run.fifo = -1
+
+
+def _trim_all(logs: Sequence[tuple[LogFile, int]]) -> None:
+    for log, limit in logs:
+        with contextlib.suppress(FileNotFoundError):
+            log.trim(limit)
+
+
+async def _readable(fd: int) -> None:
+    """Wait until there is something to read, an end included."""
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_reader(fd, lambda: None if ready.done() else ready.set_result(None))
+    try:
+        await ready
+    finally:
+        loop.remove_reader(fd)
+
+
+@functools.cache
+def _shell() -> tuple[str, ...]:
+    """The shell for shims: the smallest that tells `exit 137` from a kill."""
+    for name in ("dash", "bash"):
+        if path := shutil.which(name):
+            return (path,)
+    return ("/bin/sh",)
+
+
+@functools.cache
+def _with_default_signals() -> tuple[str, ...]:
+    """A prefix that undoes the shell's habit to start background jobs deaf to INT and QUIT, where `env` can."""
+    prefix = ("env", "--default-signal=INT,QUIT")
+    works = subprocess.run([*prefix, "true"], check=False, capture_output=True).returncode == 0  # noqa: S603 - fixed words
+    return prefix if works else ()

@@ -1,0 +1,307 @@
+"""The run directory of a local runner: what is laid out for its shim, and what the shim has left there (see shim.sh).
+
+Everything here blocks, and looks at files and the kernel alone, so any process can do it, also after a crash.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import pwd
+import shutil
+import signal
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from app.errors import LauncherUnavailable, LaunchRejected
+from app.launcher import Enforcement, Exit, Exited, Handle, LaunchSpec
+from app.launchers.cgroup import Cgroups, Group
+from app.launchers.process_tree import Process, Tree
+from app.logs import LogFile
+from app.reason import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """The user that a runner runs as."""
+
+    uid: int
+    gid: int
+    name: str | None
+    home: str | None
+
+    @classmethod
+    def find(cls, user: str) -> "Account":
+        """Look up NAME, UID or UID:GID. Raises LaunchRejected."""
+        uid, _, gid = user.partition(":")
+        try:
+            entry = pwd.getpwuid(int(uid)) if uid.isdecimal() else pwd.getpwnam(uid)
+        except KeyError:
+            if not uid.isdecimal():
+                raise LaunchRejected(f"no such user: {user}") from None
+            return cls(int(uid), int(gid or uid), None, None)
+        named = None if gid else entry.pw_name  # with a group of its own it gets no others
+        return cls(entry.pw_uid, int(gid or entry.pw_gid), named, entry.pw_dir)
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """The command that becomes this user; a program of its own, because a fork with a user takes the slow path."""
+        groups = "--init-groups" if self.name else "--clear-groups"
+        return ("setpriv", f"--reuid={self.uid}", f"--regid={self.gid}", groups, "--")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is left to do after the directory is laid out: start the shim with this."""
+
+    log: BinaryIO
+    prefix: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a run directory shows: its shim's fifo opened for writing (-1: no shim is alive), and the handle.
+
+    The handle has no pid as long as the shim has not started the runner.
+    """
+
+    fifo: int
+    handle: Handle
+    log_max: int
+
+
+class RunDirectory:
+    """One runner's directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.log = path / "log"
+
+    @property
+    def runner_id(self) -> str:
+        """Whose directory it is."""
+        return self.path.name
+
+    # Before the start.
+
+    def prepare(self, spec: LaunchSpec, cgroups: Cgroups, node: str) -> Prepared | None:
+        """Lay out what the shim and the runner need; None if a shim has claimed the place already.
+
+        Raises LaunchRejected for a command, directory or user that surely does not work, LauncherUnavailable.
+        """
+        if (self.path / "claim").exists():
+            return None
+        _check(spec)
+        user = spec.options.get("user")
+        account = Account.find(str(user)) if user is not None else None
+        if account and os.geteuid() not in (0, account.uid):
+            raise LaunchRejected(f"only a service that runs as root can start a runner as {user}")
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            context = self._write_context(spec.context, account)
+            group = cgroups.create(self.runner_id, spec.cpu, spec.memory_mib)
+            self._write("cgroups", str(group).encode())
+            enforced = cgroups.enforcement(spec.cpu, spec.memory_mib)
+            about = {
+                "labels": dict(spec.labels),
+                "log_max": spec.log_max_mib << 20,
+                "node": node,
+                "context": str(context),
+                "cpu": enforced.cpu,
+                "memory_mib": enforced.memory_mib,
+                "isolation": "user" if account else "none",
+            }
+            self._write("about.json", json.dumps(about).encode())
+            with contextlib.suppress(FileExistsError):
+                os.mkfifo(self.path / "alive", 0o600)
+            log = open(self.log, "ab", opener=_private)  # noqa: SIM115 - closed by whoever starts the shim
+        except OSError as error:
+            raise LauncherUnavailable(f"cannot prepare {self.runner_id}: {error}", acted=False) from error
+        home = {"HOME": account.home} if account and account.home else {}
+        return Prepared(
+            log, account.prefix if account else (), {**home, **spec.environment, "TASK_CONTEXT_FILE": str(context)}
+        )
+
+    def _write_context(self, context: bytes, account: Account | None) -> Path:
+        """Put the context where the runner can read it: another user cannot come here."""
+        if account is None or account.uid == os.geteuid():
+            self._write("context.json", context)
+            return self.path / "context.json"
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            shutil.rmtree(Path(self._about()["context"]).parent)
+        path = Path(tempfile.mkdtemp(prefix=f"{self.runner_id}-")) / "context.json"
+        with open(path, "wb", opener=_private) as file:
+            file.write(context)
+        for each in (path, path.parent):
+            os.chown(each, account.uid, account.gid)
+        return path
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Write a file that is never seen half-written."""
+        fresh = self.path / f"{name}.new"
+        with open(fresh, "wb", opener=_private) as file:
+            file.write(data)
+        fresh.rename(self.path / name)
+
+    # While it runs.
+
+    def look(self) -> Look | None:
+        """See whether a runner was started here; None if not."""
+        try:
+            about = self._about()
+            fifo = self._open_fifo()
+            if fifo < 0:
+                if not (self.path / "claim").exists():
+                    return None
+                fifo = self._open_fifo()  # a shim opens it before it claims, so now the answer is final
+        except FileNotFoundError:
+            return None
+        main = self._process("pid")
+        handle = Handle(
+            runner_id=self.runner_id,
+            pid=main.pid if main else None,
+            node=about["node"],
+            enforced_by=Enforcement(cpu=about["cpu"], memory_mib=about["memory_mib"]),
+            isolation=about["isolation"],
+        )
+        return Look(fifo, handle, about["log_max"])
+
+    def labels(self) -> Mapping[str, str] | None:
+        """Say what the runner was launched with; None if this is no whole run directory."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return {str(key): str(value) for key, value in self._about()["labels"].items()}
+        return None
+
+    def order_end(self, *, kill: bool) -> None:
+        """Send TERM to the whole tree, or kill it; notes first that the end, if it comes now, was ordered.
+
+        Nothing on a runner that has ended. Raises LauncherUnavailable.
+        """
+        main = self._process("pid")
+        if main is None:
+            raise LauncherUnavailable(f"{self.runner_id} is just being started")
+        if (self.path / "exit").exists() or not main.alive:
+            return
+        (self.path / "stop").touch()
+        if not kill:
+            self._tree().signal(signal.SIGTERM)
+        elif not self._tree().kill():
+            raise LauncherUnavailable(f"{self.runner_id} has processes that do not die")
+
+    # After the end of its shim.
+
+    def conclude(self, log_max: int) -> Exited | None:
+        """Make sure that nothing lives, then say how it ended; None while something still does."""
+        if not self._tree().kill():
+            return None
+        truncated = LogFile(self.log).trim(log_max) if self.log.exists() else False
+        oom_killed = self._group().oom_kills() > 0
+        try:
+            kind, number = (self.path / "exit").read_text().split()
+            finished_at = (self.path / "exit").stat().st_mtime
+        except (FileNotFoundError, ValueError):
+            text = "its shim was killed, so how it ended is unknown"
+            return Exited(Exit(message=text, oom_killed=oom_killed, log_truncated=truncated))
+        deadline = (self.path / "deadline").exists()
+        return Exited(
+            Exit(
+                code=int(number) if kind == "exit" else None,
+                signal=_signal_name(int(number)) if kind == "signal" else None,
+                oom_killed=oom_killed,
+                reason=Reason.DEADLINE_EXCEEDED if deadline else None,
+                message="ran into its deadline while the service was away" if deadline else None,
+                stopped=(self.path / "stop").exists(),
+                finished_at=finished_at,
+                log_truncated=truncated,
+            )
+        )
+
+    def remove(self) -> None:
+        """Kill what lives and delete all that was made. Raises LauncherUnavailable.
+
+        Claims the place first: a shim that a dead service had under way then finds it taken, or gone.
+        """
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            os.close(os.open(self.path / "claim", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        if not self.path.exists():
+            return
+        if not self._tree().kill():
+            raise LauncherUnavailable(f"{self.runner_id} has processes that do not die")
+        if shim := self._process("claim"):
+            shim.kill(signal.SIGKILL)  # with its runner dead it is about to end anyway
+        self._group().remove()
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            context = Path(self._about()["context"])
+            if context.parent != self.path:
+                shutil.rmtree(context.parent)
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self.path.exists():
+            raise LauncherUnavailable(f"{self.path} cannot be removed")
+
+    def last_words(self) -> str:
+        """What a shim that failed to start has said."""
+        with contextlib.suppress(OSError):
+            return self.log.read_bytes()[-500:].decode(errors="replace").strip() or "it said nothing"
+        return "it left nothing"
+
+    # What lies here.
+
+    def _about(self) -> dict[str, Any]:
+        about = json.loads((self.path / "about.json").read_bytes())
+        return about if isinstance(about, dict) else {}
+
+    def _open_fifo(self) -> int:
+        try:
+            return os.open(self.path / "alive", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nobody reads: its shim is dead, or not there yet
+                return -1
+            raise
+
+    def _process(self, name: str) -> Process | None:
+        with contextlib.suppress(OSError, ValueError):
+            return Process.parse((self.path / name).read_text())
+        return None
+
+    def _group(self) -> Group:
+        with contextlib.suppress(OSError, ValueError):
+            return Group.parse((self.path / "cgroups").read_text())
+        return Group()
+
+    def _tree(self) -> Tree:
+        return Tree(self.runner_id, self._process("pid"), self._process("claim"), self._group())
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _check(spec: LaunchSpec) -> None:
+    """Raise LaunchRejected for a command or directory that surely does not work."""
+    directory = spec.working_dir or "/"
+    if not Path(directory).is_dir():
+        raise LaunchRejected(f"{directory} is not a directory")
+    if not os.access(directory, os.X_OK):
+        raise LaunchRejected(f"{directory} may not be entered")
+    if not spec.command:
+        raise LaunchRejected("there is no command to run")
+    program = spec.command[0]
+    if "/" in program:
+        path = Path(directory, program)
+        if not path.exists():
+            raise LaunchRejected(f"no such command: {program}")
+        if path.is_dir() or not os.access(path, os.X_OK):
+            raise LaunchRejected(f"the command is not executable: {program}")
+    elif not shutil.which(program, path=spec.environment.get("PATH", os.defpath)):
+        raise LaunchRejected(f"no such command in PATH: {program}")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}"

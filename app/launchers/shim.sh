@@ -1,0 +1,73 @@
+# The shim: owns one local runner from its start to its end, also while the service is down.
+#
+#   setsid sh shim.sh RUN_DIR DEADLINE GRACE COMMAND...      stdout: a pipe to the service   stderr: the runner's log
+#
+# What others read in RUN_DIR:
+#   alive   a fifo that this process alone keeps open; no reader means: the shim is dead (true across pid namespaces,
+#           reboots and reused pids, because the kernel keeps it)
+#   claim   "PID STARTTIME" of the shim, created exclusively: of several shims started for one runner, one goes on
+#   cgroups lines of a name and a directory: the control groups that the runner, and not its shim, is in
+#   pid     "PID STARTTIME" of the runner's main process
+#   exit    "exit CODE" or "signal NUMBER", written last
+#   deadline  created when this shim, and not the service, ended the runner because DEADLINE seconds had passed
+#
+# POSIX shell for its size: 0.1 MB of private memory each. In a function, so that all of it is read before it runs
+# and a new version may replace this file at any time.
+start_time() { # of a process, in clock ticks since boot
+  read -r stat <"/proc/$1/stat" && set -- ${stat##*) } && echo "${20}"
+}
+
+kill_groups() { # whatever the runner left behind, in any session
+  while read -r _ group; do
+    if [ -e "$group/cgroup.kill" ]; then echo 1 >"$group/cgroup.kill"; fi
+  done <"$1/cgroups"
+}
+
+main() {
+  dir=$1 deadline=$2 grace=$3
+  shift 3
+  exec 9<>"$dir/alive" || exit 1
+  set -C
+  { echo "$$ $(start_time $$)" >"$dir/claim"; } 2>/dev/null || exit 0
+  set +C
+  trap '' HUP INT QUIT TERM PIPE
+  # Where `wait` leaves no trace of the job (bash), keep the trace as it ends.
+  [ -z "${BASH_VERSION-}" ] || trap 'jobs -l %1 >"$dir/how"' CHLD
+
+  (
+    trap - HUP TERM PIPE CHLD
+    exec 9<&-
+    while read -r _ group; do
+      echo 0 >"$group/cgroup.procs" || exit 125
+    done <"$dir/cgroups"
+    exec setsid "$@"
+  ) >&2 </dev/null &
+  pid=$!
+  echo "$pid $(start_time $pid)" >"$dir/pid"
+  echo "$pid" 2>/dev/null
+  exec >/dev/null 2>&1
+
+  timer=
+  if [ "$deadline" != - ]; then
+    setsid sh -c '
+      sleep "$1"; : >"$4/deadline"; kill -15 "-$3"; sleep "$2"; kill -9 "-$3"
+    ' timer "$deadline" "$grace" "$pid" "$dir" 9<&- &
+    timer=$!
+  fi
+
+  # `wait` alone tells of the end without a race. It says 137 for a kill and for `exit 137` alike; `jobs` knows which.
+  wait "$pid"
+  code=$?
+  LC_ALL=C
+  [ -s "$dir/how" ] || jobs -l %1 >"$dir/how"
+  kill -9 "-$pid"
+  kill_groups "$dir"
+  [ -z "$timer" ] || kill -9 "-$timer"
+  read -r how <"$dir/how"
+  case $how in
+    *Done* | *Exit*) echo "exit $code" >"$dir/exit" ;;
+    *) echo "signal $((code - 128))" >"$dir/exit" ;;
+  esac
+}
+
+main "$@"

@@ -1,0 +1,207 @@
+"""A runner's output as a file: appended to by the runner, read by lines, capped in place, kept after the end.
+
+A cursor is a byte offset. Dropping the oldest part leaves a hole at the front of the file, so offsets, and the cursors that
+readers hold, stay true. Where the file system cannot make holes the file is emptied, and a reader whose cursor lies behind
+its end starts again at the front. Either way the reader is given a line that says what is missing.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+from app.errors import RunnerGone
+from app.launcher import Handle, Launcher, LogLine
+
+BLOCK = 4096
+CHUNK = 256 * 1024
+FOLLOW_SECONDS = 0.1
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+
+_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+class LogFile:
+    """The output of one runner."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def trim(self, limit: int) -> bool:
+        """Drop the oldest part when there are more than ``limit`` bytes; says whether any part was ever dropped. Blocks.
+
+        A quarter of the limit is freed at a time, so that a busy runner does not cause a cut per line.
+        """
+        with self.path.open("r+b") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = _first_byte(file.fileno(), 0, size)
+            if size - start <= limit:
+                return start > 0
+            start = (size - limit * 3 // 4) // BLOCK * BLOCK
+            if _fallocate(file.fileno(), _PUNCH_HOLE | _KEEP_SIZE, 0, start) != 0:
+                os.ftruncate(file.fileno(), 0)
+            return True
+
+    def tail(self, lines: int) -> int:
+        """The offset at which the last so many lines begin. Blocks."""
+        with self.path.open("rb") as file:
+            position = size = os.fstat(file.fileno()).st_size
+            start = _first_byte(file.fileno(), 0, size)
+            wanted = lines + 1  # line ends to step over, the last line's own included
+            while position > start:
+                step = min(CHUNK, position - start)
+                block = os.pread(file.fileno(), step, position - step)
+                if position == size and not block.endswith(b"\n"):
+                    wanted -= 1
+                found = block.count(b"\n")
+                if found >= wanted:
+                    at = len(block)
+                    for _ in range(wanted):
+                        at = block.rindex(b"\n", 0, at)
+                    return position - step + at + 1
+                wanted -= found
+                position -= step
+            return start
+
+    async def chunks(self, after: int = 0, *, follow: Callable[[], bool] | None = None) -> AsyncIterator[tuple[int, bytes]]:
+        """Output behind an offset, in pieces of whatever size, each with the offset behind it.
+
+        ``follow`` is asked, before each look at the file, whether more may come; the last look is after its first no.
+        """
+        file = await asyncio.to_thread(self.path.open, "rb", buffering=0)
+        try:
+            while True:
+                more = follow is not None and follow()
+                gap, data = await asyncio.to_thread(_read, file.fileno(), after)
+                after += gap + len(data)
+                if gap:
+                    yield after, _gap_note(gap)
+                if data:
+                    yield after, data
+                elif not more:
+                    return
+                else:
+                    await asyncio.sleep(FOLLOW_SECONDS)
+        finally:
+            file.close()
+
+    async def lines(self, after: int = 0, *, follow: Callable[[], bool] | None = None) -> AsyncIterator[tuple[int, bytes]]:
+        """Output behind an offset, line by line without line ends, each with the offset behind it.
+
+        A last line without an end comes at the end; a line longer than CHUNK comes in parts.
+        """
+        rest, end = b"", after
+        async for offset, data in self.chunks(after, follow=follow):
+            rest += data
+            end = offset
+            *whole, rest = rest.split(b"\n")
+            at = end - len(rest) - sum(len(line) + 1 for line in whole)
+            for line in whole:
+                at += len(line) + 1
+                yield at, line
+            if len(rest) > CHUNK:
+                yield end, rest
+                rest = b""
+        if rest:
+            yield end, rest
+
+
+def _first_byte(fd: int, offset: int, size: int) -> int:
+    """The first offset from here on that is not in a hole."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError:  # nothing but a hole, or nothing at all, from here to the end
+        return size
+
+
+def _read(fd: int, after: int) -> tuple[int, bytes]:
+    """The next bytes behind an offset, and how many bytes are missing before them."""
+    size = os.fstat(fd).st_size
+    if after > size:  # emptied where holes cannot be made
+        return -after, b""
+    start = _first_byte(fd, after, size)
+    data = os.pread(fd, CHUNK, start)
+    if start == after or not data:
+        return start - after, data
+    cut = data.find(b"\n") + 1  # the hole ends within a line
+    return start - after + cut, data[cut:]
+
+
+def _gap_note(gap: int) -> bytes:
+    return (
+        b"[the oldest output was dropped: the log is capped]\n"
+        if gap < 0
+        else (b"[%d bytes of older output were dropped: the log is capped]\n" % gap)
+    )
+
+
+class Spool:
+    """Where the logs of ended runners are kept, whatever their engine has forgotten."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def file(self, runner_id: str) -> LogFile:
+        """Give the kept log of a runner; there may be none."""
+        return LogFile(self._directory / f"{runner_id}.log")
+
+    async def keep(self, launcher: Launcher, handle: Handle) -> None:
+        """Make a runner's whole output safe before its engine forgets it; again is no harm. Raises LauncherUnavailable."""
+        kept = self.file(handle.runner_id).path
+        if source := launcher.log_file(handle):
+            await asyncio.to_thread(_link, source, kept)
+            return
+        fresh = kept.with_suffix(".new")
+        with contextlib.suppress(RunnerGone):
+            file = await asyncio.to_thread(fresh.open, "wb")
+            try:
+                async for line in launcher.logs(handle):
+                    file.write(line.text + b"\n")
+            finally:
+                await asyncio.to_thread(file.close)
+            await asyncio.to_thread(fresh.rename, kept)
+
+    async def output(
+        self, launcher: Launcher, handle: Handle, *, tail: int | None, follow: Callable[[], bool] | None
+    ) -> AsyncIterator[bytes]:
+        """Give a runner's output wherever it is now, in pieces; the last ``tail`` lines of it, or all.
+
+        ``follow`` says whether more may come; None: only what is there.
+        """
+        for path in filter(None, (launcher.log_file(handle), self.file(handle.runner_id).path)):
+            if await asyncio.to_thread(path.exists):
+                with contextlib.suppress(FileNotFoundError):  # it was just moved to where it is kept
+                    log = LogFile(path)
+                    start = 0 if tail is None else await asyncio.to_thread(log.tail, tail)
+                    async for _, data in log.chunks(start, follow=follow):
+                        yield data
+                    return
+        with contextlib.suppress(RunnerGone):
+            async for line in _lines(launcher, handle, tail, follow=follow is not None):
+                yield line.text + b"\n"
+
+
+async def _lines(launcher: Launcher, handle: Handle, tail: int | None, *, follow: bool) -> AsyncIterator[LogLine]:
+    """Give the last lines that an engine has, then those that come."""
+    after = None
+    if tail is not None:
+        last: deque[LogLine] = deque(maxlen=tail)
+        async for line in launcher.logs(handle):
+            last.append(line)
+            after = line.cursor
+        for line in last:
+            yield line
+        if not follow:
+            return
+    async for line in launcher.logs(handle, after=after, follow=follow):
+        yield line
+
+
+def _link(source: Path, kept: Path) -> None:
+    with contextlib.suppress(FileNotFoundError, FileExistsError):
+        os.link(source, kept)
