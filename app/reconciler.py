@@ -1,0 +1,325 @@
+"""Makes what is recorded and what engines hold agree: load, observe, decide, act; alone calls launch, stop and remove.
+
+Every runner that needs something is a name in the work queue. A worker takes the name, loads the runner, asks ``decide``
+for the next step, takes it, and goes on until there is nothing to do but wait. Names get into the queue when a runner
+changes, when a launcher's watch hints at it, when a deadline comes, when the resync finds a difference, and all of them at
+start; so a lost hint costs time and never the truth.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import asdict, dataclass
+from typing import assert_never
+
+from pydantic import JsonValue
+
+from app.errors import LauncherUnavailable, LaunchRejected, NotFound
+from app.events import Change, Feed
+from app.launcher import Exited, Gone, Handle, Launcher, Observation, Running
+from app.logs import Spool
+from app.pools import Pool, Usage
+from app.runner import (
+    KILL_AGAIN_SECONDS,
+    Admit,
+    Become,
+    CleanUp,
+    Launch,
+    Look,
+    Order,
+    Phase,
+    Runner,
+    Wait,
+    accepted,
+    call_failed,
+    decide,
+    rejected,
+    stop_sent,
+)
+from app.store import Store
+from app.work_queue import WorkQueue
+
+log = logging.getLogger(__name__)
+
+WORKERS = 64
+RESYNC_SECONDS = 10.0
+STALE_SECONDS = 3 * RESYNC_SECONDS
+BACKOFF_SECONDS = (0.2, 10.0)
+"""The first and the longest pause before an engine that did not answer is asked again."""
+
+
+@dataclass(slots=True, eq=False)
+class _Engine:
+    """A launcher in use, and when it last answered."""
+
+    launcher: Launcher
+    watcher: asyncio.Task[None]
+    answered_at: float
+
+
+class Reconciler:
+    """Drives every runner of one store to its end."""
+
+    def __init__(
+        self,
+        store: Store,
+        feed: Feed,
+        spool: Spool,
+        *,
+        open_launcher: Callable[[str], Launcher],
+        pools: Callable[[], Mapping[str, Pool]],
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._feed = feed
+        self._spool = spool
+        self._open_launcher = open_launcher
+        self._pools = pools
+        self._now = now
+        self._since = now()
+        self._queue = WorkQueue()
+        self._engines: dict[str, _Engine] = {}
+        self._failures: dict[str, int] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        feed.listen(self._changed)
+
+    async def start(self) -> None:
+        """Take up every runner that needs something, and keep at it."""
+        for runner_id in await self._store.unclean():
+            self._queue.add(runner_id)
+        loops = [self._forever(self._work) for _ in range(WORKERS)]
+        loops.append(self._forever(self._resync))
+        self._tasks = [asyncio.create_task(loop, name=f"reconciler {number}") for number, loop in enumerate(loops)]
+
+    async def aclose(self) -> None:
+        """Stop working; runners live on."""
+        self._queue.close()
+        tasks = [*self._tasks, *(engine.watcher for engine in self._engines.values())]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for engine in self._engines.values():
+            await engine.launcher.aclose()
+
+    def wake(self, runner_id: str) -> None:
+        """Look at a runner now."""
+        self._queue.add(runner_id)
+
+    async def wake_queued(self, pool_name: str) -> None:
+        """Look at the first that waits for a place in this pool: there may be one now."""
+        for runner_id in (await self._store.queued(pool_name))[:1]:
+            self._queue.add(runner_id)
+
+    def launcher(self, engine: str) -> Launcher:
+        """Give the launcher of an engine, opened at first use. Raises LaunchRejected."""
+        return self._engine(engine).launcher
+
+    def answered_at(self, engine: str) -> float | None:
+        """Say when an engine last answered; None if it was not asked since the start."""
+        known = self._engines.get(engine)
+        return known.answered_at if known else None
+
+    def engines(self) -> dict[str, bool]:
+        """Say of every engine in use whether it has answered lately."""
+        limit = self._now() - STALE_SECONDS
+        return {name: engine.answered_at >= limit for name, engine in self._engines.items()}
+
+    def _engine(self, name: str) -> _Engine:
+        if name not in self._engines:
+            launcher = self._open_launcher(name)
+            watcher = asyncio.create_task(self._forever(lambda: self._watch(launcher)), name=f"watch {name}")
+            self._engines[name] = _Engine(launcher, watcher, self._now())
+        return self._engines[name]
+
+    def _changed(self, change: Change) -> None:
+        self._queue.add(change.runner.runner_id)
+
+    # The loops.
+
+    async def _forever(self, step: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Take a step again and again; a defect in it is logged, and does not end the loop."""
+        while True:
+            try:
+                await step()
+            except asyncio.CancelledError:
+                raise
+            except Exception:
+                log.exception("a loop of the reconciler failed, and goes on")
+                await asyncio.sleep(1)
+
+    async def _work(self) -> None:
+        runner_id = await self._queue.get()
+        try:
+            pause = await self._reconcile(runner_id)
+            self._failures.pop(runner_id, None)
+            if pause is not None:
+                self._queue.add_after(runner_id, pause)
+        except asyncio.CancelledError:
+            raise
+        except (LauncherUnavailable, LaunchRejected) as error:
+            pause = self._back_off(runner_id)
+            log.warning("%s: %s; asking again in %.1f s", runner_id, error, pause)
+            self._queue.add_after(runner_id, pause)
+        except Exception:
+            pause = self._back_off(runner_id)
+            log.exception("%s: failed, and will be tried again in %.1f s", runner_id, pause)
+            self._queue.add_after(runner_id, pause)
+        finally:
+            self._queue.done(runner_id)
+
+    def _back_off(self, runner_id: str) -> float:
+        failures = self._failures[runner_id] = self._failures.get(runner_id, 0) + 1
+        first, longest = BACKOFF_SECONDS
+        return random.uniform(first / 2, min(longest, first * 2**failures))  # noqa: S311 - spreads load
+
+    async def _watch(self, launcher: Launcher) -> None:
+        async for runner_id in launcher.watch():
+            self._queue.add(runner_id)
+
+    async def _resync(self) -> None:
+        """Compare all that runs with what the engines say, one call for each engine."""
+        await asyncio.sleep(RESYNC_SECONDS)
+        handles: dict[str, list[Handle]] = {}
+        phases: dict[str, Phase] = {}
+        for runner in await self._store.accepted():
+            handles.setdefault(runner.engine, []).append(runner.handle or Handle(runner_id=runner.runner_id))
+            phases[runner.runner_id] = runner.phase
+        for name in {*handles, *self._engines}:
+            try:
+                engine = self._engine(name)
+                seen = await engine.launcher.observe(handles.get(name, []))
+                await engine.launcher.ping()
+            except (LauncherUnavailable, LaunchRejected) as error:
+                log.warning("%s does not answer: %s", name, error)
+                continue
+            engine.answered_at = self._now()
+            for runner_id, observation in seen.items():
+                if isinstance(observation, Exited | Gone) or (
+                    isinstance(observation, Running) and phases[runner_id] is Phase.STARTING
+                ):
+                    self._queue.add(runner_id)
+
+    # One runner.
+
+    async def _reconcile(self, runner_id: str) -> float | None:
+        """Take steps until there is nothing to do but wait; says for how many seconds, None: until something changes."""
+        try:
+            runner: Runner | None = await self._store.get(runner_id)
+        except NotFound:
+            return None
+        seen: Observation | None = None
+        while runner:
+            action = decide(runner, seen, self._now(), self._since)
+            seen = None
+            match action:
+                case Wait(until=until):
+                    return None if until is None else until - self._now()
+                case Look():
+                    seen = await self._look(runner)
+                case Become(runner=changed, event=event, discard=discard):
+                    if discard:
+                        await self.launcher(runner.engine).remove(_handle(runner))
+                    runner = await self._write(runner, changed, event)
+                case Launch():
+                    runner = await self._launch(runner)
+                case Order(grace=grace):
+                    await self.launcher(runner.engine).stop(_handle(runner), grace)
+                    if grace <= 0:
+                        return KILL_AGAIN_SECONDS
+                    runner = await self._write(runner, stop_sent(runner), "stop_sent")
+                case Admit():
+                    if not await self._admit(runner):
+                        return runner.launch_deadline - self._now()
+                    return None
+                case CleanUp():
+                    await self._clean_up(runner)
+                    return None
+                case _:
+                    assert_never(action)
+        return 0
+
+    async def _write(self, old: Runner, new: Runner, event: str, **data: JsonValue) -> Runner | None:
+        """Write a change; None if somebody else was first, and then everything is to be decided anew."""
+        changed = await self._store.change(old, new, event, self._now(), data)
+        if changed and changed.phase is Phase.FINISHED:
+            await self.wake_queued(changed.pool_name)
+        return changed
+
+    async def _look(self, runner: Runner) -> Observation:
+        """Ask the engine. Raises LauncherUnavailable also where it cannot say anything of this runner now."""
+        engine = self._engine(runner.engine)
+        seen = await engine.launcher.observe([_handle(runner)])
+        engine.answered_at = self._now()
+        if runner.runner_id not in seen:
+            raise LauncherUnavailable(f"{runner.engine} cannot say now what became of it")
+        return seen[runner.runner_id]
+
+    async def _launch(self, runner: Runner) -> Runner | None:
+        try:
+            engine = self._engine(runner.engine)
+            spec = await self._store.spec(runner.runner_id)
+            if spec is None:
+                raise RuntimeError(f"the specification of {runner.runner_id} is gone")
+            handle = await self._unless_stopped(runner, engine.launcher.launch(runner.runner_id, spec))
+        except LaunchRejected as error:
+            return await self._write(runner, rejected(runner, error.reason, str(error), self._now()), "rejected")
+        except LauncherUnavailable as error:
+            return await self._launch_failed(runner, error)
+        if handle is None:
+            return None
+        engine.answered_at = self._now()
+        return await self._write(runner, accepted(runner, handle, self._now()), "started")
+
+    async def _unless_stopped(self, runner: Runner, launching: Coroutine[None, None, Handle]) -> Handle | None:
+        """Wait for a launch; None if it was called off because a stop was asked for or its time is up."""
+        with self._feed.watching(runner.runner_id) as watch:
+            call = asyncio.create_task(launching)
+            news = asyncio.create_task(watch.change())
+            try:
+                patience = max(0.0, runner.launch_deadline - self._now())
+                await asyncio.wait({call, news}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                if call.done():
+                    return call.result()
+            finally:
+                for task in (call, news):
+                    task.cancel()
+                await asyncio.wait({call, news})
+        with contextlib.suppress(asyncio.CancelledError):
+            return call.result()
+        return None
+
+    async def _launch_failed(self, runner: Runner, error: LauncherUnavailable) -> Runner | None:
+        number = len(runner.attempts) + 1
+        longest = min(BACKOFF_SECONDS[1], runner.policy.retry_base_seconds * 2**number)
+        delay = error.retry_after or random.uniform(0, longest)  # noqa: S311 - full jitter
+        failed = call_failed(runner, str(error), acted=error.acted, delay=delay, now=self._now())
+        return await self._write(runner, failed, "attempt_failed", attempt=asdict(failed.attempts[-1]))
+
+    async def _admit(self, runner: Runner) -> bool:
+        pool = self._pools().get(runner.pool_name)
+
+        def refusal(usage: Usage) -> str | None:
+            return pool.refusal(usage) if pool else None  # a pool taken out of its file still serves what it accepted
+
+        admitted = await self._store.admit(runner, refusal, self._now())
+        if admitted:
+            await self.wake_queued(runner.pool_name)
+        return admitted
+
+    async def _clean_up(self, runner: Runner) -> None:
+        """Make the log safe, free what the engine holds, wipe the secrets."""
+        if not runner.untouched or runner.accepted:
+            with contextlib.suppress(LaunchRejected):  # no launcher, so nothing was ever launched
+                launcher = self.launcher(runner.engine)
+                if runner.accepted:
+                    await self._spool.keep(launcher, _handle(runner))
+                await launcher.remove(_handle(runner))
+        await self._store.forget_spec(runner.runner_id)
+
+
+def _handle(runner: Runner) -> Handle:
+    """Name a runner to its launcher; before the engine has accepted, its id is all there is, and enough."""
+    return runner.handle or Handle(runner_id=runner.runner_id)

@@ -1,0 +1,293 @@
+"""What the routes call: writes what is wanted, and waits for what comes of it. Knows nothing of HTTP.
+
+A launch belongs to the service from the moment its intent is written; the caller that goes away changes nothing.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.context import inherited, launch_spec
+from app.errors import Fault, InvalidRequest, NotAuthenticated, NotFound, RunnerEnded, RunnerLaunchError, Unavailable
+from app.events import Event, Feed
+from app.launcher import Handle, LaunchSpec
+from app.logs import Spool
+from app.models import LaunchRequest, Slot
+from app.pools import Pool, Pools, Usage, load_pools, resolve
+from app.reason import Reason
+from app.reconciler import STALE_SECONDS, Reconciler
+from app.runner import Phase, Runner, finished, stop_asked
+from app.settings import Settings
+from app.slots import real_place
+from app.store import Filter, Intent, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: a name for idempotency keys and for the history."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A launch that was accepted for recording, as far as it has come; ``replayed``: by an earlier request."""
+
+    runner: Runner
+    replayed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PoolState:
+    """A pool as it is configured, switched and used."""
+
+    pool: Pool
+    enabled: bool
+    usage: Usage
+    queued: int
+
+
+class RunnerService:
+    """Launch, read, stop and hear of runners."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        feed: Feed,
+        spool: Spool,
+        reconciler: Reconciler,
+        *,
+        pools: Pools,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._feed = feed
+        self._spool = spool
+        self._reconciler = reconciler
+        self._now = now
+        self.pools = pools
+        self.url = settings.public_url or ""
+        self.draining = asyncio.Event()
+
+    # Launch.
+
+    async def launch(
+        self, request: LaunchRequest, caller: Caller, *, key: str | None, traceparent: str, wait: float
+    ) -> Launched:
+        """Record a launch and wait up to so many seconds for the engine's word on it.
+
+        Raises RequestRefused when nothing was recorded, RunnerLaunchError when the launch failed.
+        """
+        digest = _sha256(request.model_dump_json())
+        if key and (known := await self._store.replayed(caller.name, key, digest)):
+            return Launched(await self._launched(known, wait), replayed=True)
+        if self.draining.is_set():
+            raise Unavailable("the service is going down and takes no more launches", code="draining")
+        pool = resolve(self.pools, request.pool, allow_inline=self._settings.allow_inline_pools)
+        if not (await self._store.pool_switches()).get(pool.name, pool.enabled):
+            text = f"pool {pool.name} is switched off"
+            raise InvalidRequest(text, Fault("/pool", text), code="pool-disabled")
+        place = await self._place(request.slot, pool)
+        runner, spec = self._prepare(request, pool, place, traceparent)
+        intent = Intent(
+            runner=runner,
+            spec=spec,
+            refusal=pool.refusal,
+            queue_limit=pool.config.queue_limit,
+            caller=caller.name,
+            key=key,
+            request_sha256=digest,
+        )
+        runner, replayed = await self._store.intend(intent)
+        return Launched(await self._launched(runner, wait), replayed)
+
+    async def _place(self, slot: Slot, pool: Pool) -> str | None:
+        """Find where a slot really is, for pools whose runners work there."""
+        if not pool.enters_slot:
+            return None
+        return await asyncio.to_thread(real_place, slot.slot_path, self._settings.slot_roots)
+
+    def _prepare(self, request: LaunchRequest, pool: Pool, place: str | None, traceparent: str) -> tuple[Runner, LaunchSpec]:
+        """Make a runner of a request, as it starts if there is room, and how to launch it."""
+        runner_id = f"runner-{secrets.token_hex(6)}"
+        token = secrets.token_urlsafe(32)
+        spec = launch_spec(
+            pool,
+            request,
+            runner_id=runner_id,
+            token=token,
+            url=self.url,
+            traceparent=traceparent,
+            inherited=inherited(os.environ),
+            default_command=self._settings.runner_command,
+            working_dir=place,
+        )
+        now = self._now()
+        runner = Runner(
+            runner_id=runner_id,
+            task_id=request.task.id,
+            pool_name=pool.name,
+            slot_id=request.slot.slot_id,
+            slot_place=None if place is None else f"{self._settings.node}:{place}",
+            engine=pool.engine,
+            phase=Phase.STARTING,
+            calls=1,
+            created_at=now,
+            launch_deadline=now + pool.policy.launch_timeout_seconds,
+            policy=pool.policy,
+            labels=dict(pool.config.labels),
+            cpu=spec.cpu,
+            memory_mib=spec.memory_mib,
+            token_sha256=_sha256(token),
+        )
+        return runner, spec
+
+    async def _launched(self, runner: Runner, wait: float) -> Runner:
+        """Wait until the engine has said yes or no, or the time is up; whatever is known then."""
+        with self._feed.watching(runner.runner_id) as watch:
+            try:
+                async with asyncio.timeout(wait):
+                    runner = await self._store.get(runner.runner_id)
+                    while not runner.accepted and runner.phase is not Phase.FINISHED:
+                        runner = (await watch.change()).runner
+            except TimeoutError:
+                pass
+        if runner.phase is Phase.FINISHED and not runner.accepted:
+            raise RunnerLaunchError(runner)
+        return runner
+
+    # Read.
+
+    async def get(self, runner_id: str) -> Runner:
+        """Give a runner. Raises NotFound."""
+        return await self._store.get(runner_id)
+
+    async def page(self, wanted: Filter) -> tuple[list[Runner], int | None]:
+        """Give runners, newest first, and where the next page begins."""
+        return await self._store.page(wanted)
+
+    async def history(self, runner_id: str) -> list[Event]:
+        """Give a runner's events. Raises NotFound."""
+        await self._store.get(runner_id)
+        return await self._store.history(runner_id)
+
+    def heard(self, runner: Runner) -> tuple[float | None, bool]:
+        """Say when a runner's engine last answered, and whether that is too long ago to rely on."""
+        at = self._reconciler.answered_at(runner.engine)
+        return at, at is not None and at < self._now() - STALE_SECONDS
+
+    def engines(self) -> dict[str, bool]:
+        """Say of every engine in use whether it answers."""
+        return self._reconciler.engines()
+
+    async def logs(self, runner_id: str, *, tail: int | None, follow: bool) -> AsyncIterator[bytes]:
+        """Give a runner's output, while it runs and after its end; ``follow`` goes on until its end. Raises NotFound."""
+        runner = await self._store.get(runner_id)
+        return self._output(runner, tail, follow=follow)
+
+    async def _output(self, runner: Runner, tail: int | None, *, follow: bool) -> AsyncIterator[bytes]:
+        with self._feed.watching(runner.runner_id) as watch:
+            runner = await self._store.get(runner.runner_id)
+            while follow and not runner.accepted and runner.phase is not Phase.FINISHED:
+                runner = (await watch.change()).runner
+            if not runner.accepted:
+                return
+            launcher = self._reconciler.launcher(runner.engine)
+            handle = runner.handle or Handle(runner_id=runner.runner_id)
+
+            def more() -> bool:
+                ended = watch.latest and watch.latest.runner.phase is Phase.FINISHED
+                return not ended and not self.draining.is_set()
+
+            live = follow and runner.phase is not Phase.FINISHED
+            async for data in self._spool.output(launcher, handle, tail=tail, follow=more if live else None):
+                yield data
+
+    # Stop, and signs of life.
+
+    async def stop(self, runner_id: str, caller: Caller, *, grace: float | None, force: bool = False) -> Runner:
+        """Ask for a runner's end; idempotent. ``force`` ends the record of one whose engine is gone for good."""
+        while True:
+            runner = await self._store.get(runner_id)
+            now = self._now()
+            if force and runner.phase is not Phase.FINISHED:
+                text = f"given up by {caller.name}: its engine is gone for good"
+                changed = finished(runner, Reason.LOST, text, now)
+            else:
+                patience = runner.policy.stop_grace_seconds if grace is None else grace
+                changed = stop_asked(runner, f"stopped by {caller.name}", patience, now)
+            if changed is runner:
+                return runner
+            event = "finished" if changed.phase is Phase.FINISHED else "stop_asked"
+            if written := await self._store.change(runner, changed, event, now):
+                return written
+
+    async def beat(self, runner_id: str, token: str) -> None:
+        """Note a runner's sign of life. Raises NotAuthenticated unless the token is that runner's own, RunnerEnded."""
+        try:
+            runner = await self._store.get(runner_id)
+        except NotFound:
+            raise NotAuthenticated("not the token of this runner") from None
+        if not hmac.compare_digest(_sha256(token), runner.token_sha256):
+            raise NotAuthenticated("not the token of this runner")
+        if runner.phase is Phase.FINISHED:
+            raise RunnerEnded(f"{runner_id} has ended: {runner.reason or 'completed'}")
+        await self._store.beat(runner_id, self._now())
+        if runner.last_heartbeat is None:
+            self._reconciler.wake(runner_id)  # its deadline counts from here
+
+    # Pools.
+
+    async def pool_states(self) -> list[PoolState]:
+        """Give all configured pools with their use."""
+        usage, switches = await self._store.usage(), await self._store.pool_switches()
+        queued = await self._store.queue_lengths()
+        return [
+            PoolState(
+                pool,
+                enabled=switches.get(name, pool.enabled),
+                usage=usage.get(name, Usage()),
+                queued=queued.get(name, 0),
+            )
+            for name, pool in self.pools.by_name.items()
+        ]
+
+    async def pool_state(self, name: str) -> PoolState:
+        """Give one pool. Raises NotFound."""
+        for state in await self.pool_states():
+            if state.pool.name == name:
+                return state
+        raise NotFound(f"no pool named {name} is configured")
+
+    async def switch_pool(self, name: str, *, enabled: bool) -> PoolState:
+        """Switch a pool on or off; it stays so, whatever its file says. Raises NotFound."""
+        await self.pool_state(name)
+        await self._store.switch_pool(name, enabled=enabled)
+        await self._reconciler.wake_queued(name)
+        return await self.pool_state(name)
+
+    async def reload_pools(self, path: Path | None) -> None:
+        """Read the pool file again; a wrong one raises ConfigurationError and changes nothing."""
+        self.pools = await asyncio.to_thread(load_pools, path)
+        for name in await self._store.queue_lengths():
+            await self._reconciler.wake_queued(name)
+
+    async def store_answers(self) -> bool:
+        """Say whether the store can be read."""
+        try:
+            await self._store.queue_lengths()
+        except Unavailable:
+            return False
+        return True
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
