@@ -1,0 +1,98 @@
+"""What every request passes before a route sees it: its id, its Host and Origin, its token, the size of its body.
+
+Host and Origin are checked because a page that a browser shows must not be able to talk to a service on this machine, be it
+by a name that suddenly means 127.0.0.1. An address in digits cannot be made to mean another, so it is let in.
+"""
+
+import ipaddress
+import re
+import secrets
+import socket
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from fastapi import Request
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.auth import NOBODY, Authenticator
+from app.api.problems import answer
+from app.errors import ContextTooLarge, InvalidRequest, NotPermitted, RequestRefused
+
+MAX_BODY_BYTES = 4 * 1024 * 1024
+"""Room for the largest context, also when a client writes every character beyond ASCII as an escape."""
+
+OPEN = frozenset({"/livez", "/readyz"})
+HEARTBEAT = re.compile(r"/runners/[^/]+/heartbeat")
+"""The one call that a runner makes, with a token of its own that the route checks."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class Gate:
+    """Lets in requests that may come in, and names every one of them."""
+
+    def __init__(self, app: ASGIApp, authenticator: Authenticator, public_url: str | None) -> None:
+        self._app = app
+        self._authenticator = authenticator
+        names = {"localhost", socket.gethostname().lower(), urlsplit(public_url or "").hostname or "localhost"}
+        self._names = frozenset(names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection, as ASGI has it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        scope["request_id"] = request_id
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        try:
+            self._admit(scope, headers)
+        except RequestRefused as error:
+            await answer(Request(scope), error)(scope, receive, send_named)
+        else:
+            await self._app(scope, receive, send_named)
+
+    def _admit(self, scope: Scope, headers: Mapping[str, str]) -> None:
+        """Raise RequestRefused unless this may come in; notes who asks."""
+        self._check_names(headers)
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > MAX_BODY_BYTES:
+            raise ContextTooLarge(f"the body is {length} bytes long, and {MAX_BODY_BYTES} is the most", code="too-large")
+        if scope["path"] in OPEN or HEARTBEAT.fullmatch(scope["path"]):
+            scope["caller"] = NOBODY
+        else:
+            scope["caller"] = self._authenticator.caller(headers.get("authorization"))
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if length != "0" and kind != "application/json":
+            raise InvalidRequest("the body must be application/json, and say so in Content-Type", code="content-type")
+
+    def _check_names(self, headers: Mapping[str, str]) -> None:
+        host = _host(f"//{headers.get('host', '')}")
+        if host not in self._names and not _is_address(host):
+            raise NotPermitted(f"this service does not answer for the host {host!r}", code="foreign-host")
+        origin = headers.get("origin")
+        if origin is not None and _host(origin) not in self._names and not _is_address(_host(origin)):
+            raise NotPermitted(f"pages of {origin} may not call this service", code="foreign-origin")
+
+
+def _host(url: str) -> str:
+    try:
+        return (urlsplit(url).hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,37 @@
+"""Routes for those who keep the service running."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+
+from app.api.answers import Service
+from app.models import Readiness
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/livez", summary="Whether the process lives")
+async def livez() -> dict[str, str]:
+    return {"status": "alive"}
+
+
+@router.get(
+    "/readyz",
+    summary="Whether requests are served",
+    responses={503: {"model": Readiness, "description": "Not now"}},
+)
+async def readyz(
+    response: Response,
+    service: Service,
+    engine: Annotated[str | None, Query(description="also not ready if this engine, once in use, does not answer")] = None,
+) -> Readiness:
+    engines = service.engines()
+    detail = None
+    if service.draining.is_set():
+        detail = "going down"
+    elif not await service.store_answers():
+        detail = "the store does not answer"
+    elif engine is not None and not engines.get(engine, True):
+        detail = f"{engine} does not answer"
+    response.status_code = 503 if detail else 200
+    return Readiness(ready=detail is None, detail=detail, engines=engines)

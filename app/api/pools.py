@@ -1,0 +1,40 @@
+"""Routes of pools: how they are configured and used, and the switch."""
+
+from fastapi import APIRouter
+
+from app.api.answers import Service, problems
+from app.models import PoolPage, PoolRecord, PoolSwitch
+from app.service import PoolState
+
+router = APIRouter(prefix="/pools", tags=["pools"])
+
+
+@router.get("", summary="All pools and their use", responses=problems())
+async def page(service: Service) -> PoolPage:
+    return PoolPage(items=[_record(state) for state in await service.pool_states()])
+
+
+@router.get("/{name}", summary="A pool and its use", responses=problems(404))
+async def read(name: str, service: Service) -> PoolRecord:
+    return _record(await service.pool_state(name))
+
+
+@router.patch("/{name}", summary="Switch a pool on or off", responses=problems(404, 413, 422))
+async def switch(name: str, body: PoolSwitch, service: Service) -> PoolRecord:
+    return _record(await service.switch_pool(name, enabled=body.enabled))
+
+
+def _record(state: PoolState) -> PoolRecord:
+    return PoolRecord(
+        pool_name=state.pool.name,
+        type=state.pool.type,
+        enabled=state.enabled,
+        max_concurrency=state.pool.max_concurrency,
+        current_running=state.usage.runners,
+        utilization=state.usage.runners / state.pool.max_concurrency,
+        cpu_usage=state.usage.cpu,
+        memory_usage=state.usage.memory_mib,
+        cpu_quota=state.pool.cpu_quota,
+        memory_quota=state.pool.memory_quota,
+        queued=state.queued,
+    )

@@ -1,0 +1,165 @@
+"""How a refusal is told: the one table from exceptions to statuses, and the problem document (RFC 9457)."""
+
+import logging
+import random
+from http import HTTPStatus
+from math import ceil
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from app.api.answers import record
+from app.errors import (
+    ContextTooLarge,
+    Fault,
+    InvalidRequest,
+    NotAuthenticated,
+    NotFound,
+    NotPermitted,
+    PoolFull,
+    RequestRefused,
+    RunnerEnded,
+    RunnerLauncherError,
+    RunnerLaunchError,
+    SlotBusy,
+    Unavailable,
+)
+from app.models import FaultRecord, Problem, RunnerRecord
+from app.reason import Reason
+
+log = logging.getLogger(__name__)
+
+STATUS: dict[type[RequestRefused], HTTPStatus] = {
+    NotAuthenticated: HTTPStatus.UNAUTHORIZED,
+    NotPermitted: HTTPStatus.FORBIDDEN,
+    NotFound: HTTPStatus.NOT_FOUND,
+    InvalidRequest: HTTPStatus.UNPROCESSABLE_ENTITY,
+    ContextTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    SlotBusy: HTTPStatus.CONFLICT,
+    RunnerEnded: HTTPStatus.CONFLICT,
+    PoolFull: HTTPStatus.TOO_MANY_REQUESTS,
+    Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+}
+LAUNCH_STATUS = {
+    Reason.ENGINE_UNAVAILABLE: HTTPStatus.SERVICE_UNAVAILABLE,
+    Reason.LAUNCH_TIMEOUT: HTTPStatus.SERVICE_UNAVAILABLE,
+    Reason.QUEUE_TIMEOUT: HTTPStatus.SERVICE_UNAVAILABLE,
+    Reason.CANCELLED: HTTPStatus.CONFLICT,
+    Reason.LOST: HTTPStatus.CONFLICT,
+}
+"""What a launch that failed for a reason answers; a reason that is not here was in the request: 422."""
+
+RETRY_SECONDS = (1, 5)
+
+
+def install(app: FastAPI) -> None:
+    """Make an application tell every error as a problem."""
+    app.add_exception_handler(RunnerLauncherError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _plain)
+    app.add_exception_handler(Exception, _defect)
+
+
+def answer(request: Request, error: RequestRefused) -> Response:
+    """Tell a refusal, with the record it is about where there is one."""
+    status = next(status for kind, status in STATUS.items() if isinstance(error, kind))
+    headers: dict[str, str] = {}
+    runner = None
+    if isinstance(error, SlotBusy):
+        runner = record(request, error.holder)
+        headers["Location"] = runner.links.self
+    if isinstance(error, NotAuthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, PoolFull | Unavailable):
+        headers["Retry-After"] = _retry_after(error.retry_after)
+    return _problem(
+        request,
+        status,
+        error.code,
+        str(error),
+        retryable=error.retryable,
+        faults=error.faults,
+        runner=runner,
+        headers=headers,
+    )
+
+
+def _launch_failed(request: Request, error: RunnerLaunchError) -> Response:
+    runner = record(request, error.runner)
+    reason = error.runner.reason or Reason.LAUNCH_REJECTED
+    status = LAUNCH_STATUS.get(reason, HTTPStatus.UNPROCESSABLE_ENTITY)
+    headers = {"Location": runner.links.self}
+    if status is HTTPStatus.SERVICE_UNAVAILABLE:
+        headers["Retry-After"] = _retry_after(None)
+    code = "launch-rejected" if status is HTTPStatus.UNPROCESSABLE_ENTITY else reason.replace("_", "-")
+    return _problem(request, status, code, str(error), retryable=reason.retryable, runner=runner, headers=headers)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    if isinstance(error, RequestRefused):
+        return answer(request, error)
+    if isinstance(error, RunnerLaunchError):
+        return _launch_failed(request, error)
+    return await _defect(request, error)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    details = error.errors() if isinstance(error, RequestValidationError) else []
+    faults = [Fault(_pointer(each["loc"]), each["msg"]) for each in details]
+    text = "; ".join(f"{fault.pointer or 'the body'}: {fault.detail}" for fault in faults)
+    if any(each["type"] == "json_invalid" for each in details):
+        return _problem(request, HTTPStatus.BAD_REQUEST, "unparsable", f"not JSON: {details[0]['ctx']['error']}")
+    return _problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, "invalid", text, faults=faults)
+
+
+async def _plain(request: Request, error: Exception) -> Response:
+    """Tell what the framework refuses: no such route or method, a body that cannot be read."""
+    if not isinstance(error, HTTPException):
+        return await _defect(request, error)
+    status = HTTPStatus(error.status_code)
+    code = "unparsable" if status is HTTPStatus.BAD_REQUEST else status.phrase.lower().replace(" ", "-")
+    return _problem(request, status, code, str(error.detail), headers=dict(error.headers or {}))
+
+
+async def _defect(request: Request, error: Exception) -> Response:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    text = "a defect of this service; its log has the details under the request id"
+    return _problem(request, HTTPStatus.INTERNAL_SERVER_ERROR, "internal-error", text)
+
+
+def _problem(
+    request: Request,
+    status: HTTPStatus,
+    code: str,
+    detail: str,
+    *,
+    retryable: bool = False,
+    faults: tuple[Fault, ...] | list[Fault] = (),
+    runner: RunnerRecord | None = None,
+    headers: dict[str, str] | None = None,
+) -> Response:
+    problem = Problem(
+        title=status.phrase,
+        status=status,
+        detail=detail,
+        code=code,
+        retryable=retryable,
+        request_id=request.scope.get("request_id", ""),
+        errors=[FaultRecord(pointer=fault.pointer, detail=fault.detail) for fault in faults],
+        runner=runner,
+    )
+    text = problem.model_dump_json(by_alias=True, exclude={"runner"} if runner is None else None)
+    return Response(text, status, headers, media_type="application/problem+json")
+
+
+def _pointer(location: tuple[int | str, ...]) -> str:
+    """Write FastAPI's place of a fault as a JSON pointer; query and header parameters keep their kind in front."""
+    parts = location[1:] if location[:1] == ("body",) else location
+    return "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in parts)
+
+
+def _retry_after(seconds: float | None) -> str:
+    """Spread those who were sent away over some seconds."""
+    return str(ceil(seconds or random.uniform(*RETRY_SECONDS)))  # noqa: S311 - spreads load

@@ -1,0 +1,180 @@
+"""Routes of runners: launch, read, stop, logs, history, heartbeat."""
+
+import base64
+import binascii
+import re
+from datetime import datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from starlette.responses import StreamingResponse
+
+from app.api.answers import Service, Who, problems, record
+from app.api.auth import bearer
+from app.context import traceparent
+from app.errors import Fault, InvalidRequest
+from app.models import EventPage, LaunchRequest, RunnerPage, RunnerRecord, event_record
+from app.runner import Phase, State
+from app.store import Filter
+
+DEFAULT_WAIT_SECONDS = 30.0
+MAX_WAIT_SECONDS = 300.0
+MAX_PAGE = 500
+MAX_GRACE_SECONDS = 86_400
+
+router = APIRouter(tags=["runners"])
+
+Prefer = Annotated[str | None, Header(description="`wait=N` seconds for the engine's word, or `respond-async`")]
+Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
+
+
+@router.post(
+    "/runners",
+    status_code=201,
+    summary="Launch a runner",
+    description="Answers when the engine has accepted the launch, or with 202 when the wait is over before that.",
+    responses={
+        200: {"model": RunnerRecord, "description": "An earlier request with this Idempotency-Key, as it is now"},
+        202: {"model": RunnerRecord, "description": "Recorded, and going on"},
+        **problems(409, 413, 422, 429, 502, 503),
+    },
+)
+async def launch(
+    request: Request,
+    response: Response,
+    body: LaunchRequest,
+    service: Service,
+    who: Who,
+    prefer: Prefer = None,
+    idempotency_key: Key = None,
+) -> RunnerRecord:
+    wait = patience(prefer)
+    launched = await service.launch(
+        body,
+        who,
+        key=idempotency_key,
+        traceparent=traceparent(request.headers.get("traceparent")),
+        wait=wait,
+    )
+    answer = record(request, launched.runner)
+    response.headers["Location"] = answer.links.self
+    if launched.replayed:
+        response.headers["Idempotency-Replayed"] = "true"
+    if not launched.runner.accepted:
+        response.status_code = 202
+    elif launched.replayed:
+        response.status_code = 200
+    if prefer:
+        response.headers["Preference-Applied"] = f"wait={wait:g}" if wait else "respond-async"
+    return answer
+
+
+@router.get("/runners", summary="List runners, newest first", responses=problems(422))
+async def page(
+    request: Request,
+    service: Service,
+    *,
+    state: State | None = None,
+    phase: Phase | None = None,
+    pool: str | None = None,
+    task_id: str | None = None,
+    slot_id: str | None = None,
+    since: Annotated[datetime | None, Query(description="created at or after")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
+    cursor: str | None = None,
+) -> RunnerPage:
+    wanted = Filter(
+        state=state,
+        phase=phase,
+        pool=pool,
+        task_id=task_id,
+        slot_id=slot_id,
+        since=since.timestamp() if since else None,
+        before=_place(cursor) if cursor else None,
+        limit=limit,
+    )
+    runners, more = await service.page(wanted)
+    return RunnerPage(
+        items=[record(request, runner) for runner in runners], next_cursor=None if more is None else _cursor(more)
+    )
+
+
+@router.get("/runners/{runner_id}", summary="What became of a runner", responses=problems(404))
+async def read(request: Request, runner_id: str, service: Service) -> RunnerRecord:
+    return record(request, await service.get(runner_id))
+
+
+@router.delete(
+    "/runners/{runner_id}",
+    summary="Stop a runner",
+    description="TERM to the whole tree, and KILL after `grace` seconds. Idempotent: 202 until it has ended, then 200.",
+    responses={202: {"model": RunnerRecord, "description": "Being stopped"}, **problems(404, 422)},
+)
+async def stop(
+    request: Request,
+    response: Response,
+    runner_id: str,
+    service: Service,
+    who: Who,
+    grace: Annotated[float | None, Query(ge=0, le=MAX_GRACE_SECONDS, description="seconds; default: the pool's")] = None,
+    force: Annotated[bool, Query(description="end the record of a runner whose engine is gone for good")] = False,
+) -> RunnerRecord:
+    runner = await service.stop(runner_id, who, grace=grace, force=force)
+    response.status_code = 200 if runner.phase is Phase.FINISHED else 202
+    return record(request, runner)
+
+
+@router.get(
+    "/runners/{runner_id}/logs",
+    summary="A runner's output",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems(404, 422)},
+)
+async def logs(
+    runner_id: str,
+    service: Service,
+    tail: Annotated[int | None, Query(ge=0, le=1_000_000, description="only the last so many lines")] = None,
+    follow: Annotated[bool, Query(description="go on until the runner ends")] = False,
+) -> StreamingResponse:
+    output = await service.logs(runner_id, tail=tail, follow=follow)
+    return StreamingResponse(output, media_type="text/plain; charset=utf-8", headers={"X-Content-Type-Options": "nosniff"})
+
+
+@router.get("/runners/{runner_id}/events", summary="A runner's history", responses=problems(404))
+async def history(runner_id: str, service: Service) -> EventPage:
+    return EventPage(items=[event_record(event) for event in await service.history(runner_id)])
+
+
+@router.post(
+    "/runners/{runner_id}/heartbeat",
+    status_code=204,
+    summary="A runner's sign of life",
+    description="With the runner's own token, which it finds in `RUNNER_TOKEN`.",
+    responses=problems(409),
+)
+async def heartbeat(runner_id: str, service: Service, authorization: Annotated[str | None, Header()] = None) -> None:
+    await service.beat(runner_id, bearer(authorization))
+
+
+def patience(prefer: str | None) -> float:
+    """Read how long a client would wait (RFC 7240), in seconds; what is not understood is ignored."""
+    wishes = {
+        name.strip().lower(): value.strip()
+        for name, _, value in (part.partition("=") for part in re.split("[,;]", prefer or ""))
+    }
+    if "respond-async" in wishes:
+        return 0
+    wait = wishes.get("wait", "")
+    return min(float(wait), MAX_WAIT_SECONDS) if wait.isdecimal() and wait.isascii() else DEFAULT_WAIT_SECONDS
+
+
+def _cursor(place: int) -> str:
+    return base64.urlsafe_b64encode(b"%d" % place).decode().rstrip("=")
+
+
+def _place(cursor: str) -> int:
+    try:
+        return int(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+    except (ValueError, binascii.Error):
+        text = "this cursor was not given by this service"
+        raise InvalidRequest(text, Fault("/query/cursor", text)) from None

@@ -1,0 +1,89 @@
+"""The application: opens what it needs, in order, and closes it in reverse."""
+
+import fcntl
+import functools
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from fastapi import FastAPI
+
+from app import __version__
+from app.api import gate, health, pools, problems, runners
+from app.api.auth import Authenticator, admin_token
+from app.errors import ConfigurationError
+from app.events import Feed
+from app.launcher import Launcher
+from app.launchers import open_launcher
+from app.logs import Spool
+from app.pools import load_pools
+from app.reconciler import Reconciler
+from app.service import RunnerService
+from app.settings import Settings
+from app.store import Store
+
+
+def create_app(
+    settings: Settings,
+    *,
+    url: str | None = None,
+    launchers: Callable[[str], Launcher] | None = None,
+    now: Callable[[], float] = time.time,
+) -> FastAPI:
+    """Make the application. ``url`` is where runners reach it; ``launchers`` opens the launcher of an engine by its name.
+
+    Its lifespan raises ConfigurationError when something it is told to use cannot be used.
+    """
+    launchers = launchers or functools.partial(open_launcher, state_dir=settings.state_dir)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            _take_state_dir(settings, stack)
+            feed = Feed()
+            spool = Spool(settings.state_dir / "logs")
+            configured = load_pools(settings.pools_file)
+            store = Store(settings.database, feed.publish)
+            stack.push_async_callback(store.aclose)
+            await store.open()
+            service: RunnerService
+            reconciler = Reconciler(
+                store, feed, spool, open_launcher=launchers, pools=lambda: service.pools.by_name, now=now
+            )
+            service = RunnerService(settings, store, feed, spool, reconciler, pools=configured, now=now)
+            service.url = settings.public_url or url or f"http://{settings.listen}"
+            stack.push_async_callback(reconciler.aclose)
+            app.state.service = service
+            app.state.authenticator.token = admin_token(settings.state_dir) if settings.auth == "on" else None
+            await reconciler.start()
+            yield
+
+    app = FastAPI(
+        title="Runner Launcher",
+        summary="Starts AI coding agents and tells the truth about how each one ended.",
+        version=__version__,
+        lifespan=lifespan,
+        max_body_size=gate.MAX_BODY_BYTES,
+        generate_unique_id_function=lambda route: f"{route.tags[0]}_{route.name}" if route.tags else route.name,
+    )
+    app.state.authenticator = Authenticator()
+    app.add_middleware(gate.Gate, authenticator=app.state.authenticator, public_url=settings.public_url)
+    problems.install(app)
+    for module in (runners, pools, health):
+        app.include_router(module.router)
+    return app
+
+
+def _take_state_dir(settings: Settings, stack: AsyncExitStack) -> None:
+    """Make the state directory and hold it: two services on one would each know half. Raises ConfigurationError."""
+    try:
+        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(settings.state_dir / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigurationError(f"RUNNER_LAUNCHER_STATE_DIR: {settings.state_dir} cannot be used: {error}") from error
+    stack.callback(os.close, lock)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ConfigurationError(f"RUNNER_LAUNCHER_STATE_DIR: {settings.state_dir} is in use by another service") from None
