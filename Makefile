@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo serve check test openapi lock clean
+.PHONY: help demo serve check test crash openapi lock clean
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
@@ -16,8 +16,13 @@ help: ## what there is
 demo: .venv/ready ## launch the example agent on a git slot, over HTTP, and watch it to its end
 	$(BIN)/python examples/demo.py
 
-serve: .venv/ready ## start the service with the example pools
-	RUNNER_LAUNCHER_POOLS_FILE=$${RUNNER_LAUNCHER_POOLS_FILE-examples/pools.yaml} $(BIN)/runner-launcher serve
+serve: export RUNNER_LAUNCHER_STATE_DIR ?= $(CURDIR)/state/service
+serve: export RUNNER_LAUNCHER_POOLS_FILE ?= $(CURDIR)/examples/pools.yaml
+serve: export RUNNER_LAUNCHER_SLOT_ROOTS ?= $(CURDIR)/state/slots
+serve: export RUNNER_LAUNCHER_RUNNER_COMMAND ?= '$(CURDIR)/$(BIN)/python' '$(CURDIR)/examples/agent.py'
+serve: .venv/ready ## start the service with the example pools and the example agent
+	@mkdir -p state/slots
+	$(BIN)/runner-launcher serve
 
 check: .venv/ready ## lint, format, types, architecture
 	$(BIN)/ruff check .
@@ -27,6 +32,9 @@ check: .venv/ready ## lint, format, types, architecture
 
 test: .venv/ready ## all tests; what this machine lacks is skipped with a reason, unless REQUIRE_ENGINES names it
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+crash: .venv/ready ## kill the service ROUNDS times with launches in flight, and see that nothing is lost
+	$(BIN)/python tests/crash/crash.py --rounds $(or $(ROUNDS),20) --kind $(or $(KIND),local-process) $(CRASH_ARGS)
 
 openapi: .venv/ready ## write openapi/ anew from the app
 	$(BIN)/runner-launcher openapi > openapi/runner-launcher.yaml

@@ -5,6 +5,7 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Annotated
 
@@ -40,8 +41,9 @@ def _common(
 def serve() -> None:
     """Start the service; its settings come from RUNNER_LAUNCHER_* variables."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
-        asyncio.run(_serve(load_settings()))
+        asyncio.run(serve_until_told(load_settings()))
     except ConfigurationError as error:
         sys.exit(f"runner-launcher: {error}")
 
@@ -80,11 +82,12 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-async def _serve(settings: Settings) -> None:
+async def serve_until_told(settings: Settings, create: Callable[..., FastAPI] = create_app) -> None:
+    """Serve an application until a signal ends it. Raises ConfigurationError."""
     listener = _listen(settings)
     host, port = listener.getsockname()[:2]
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else f'[{host}]' if ':' in host else host}:{port}"  # noqa: S104
-    app = create_app(settings, url=url)
+    app = create(settings, url=url)
     async with app.router.lifespan_context(app):
         config = uvicorn.Config(
             app,

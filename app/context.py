@@ -124,13 +124,6 @@ def launch_spec(
         run_timeout_seconds=config.run_timeout_seconds,
         stop_grace_seconds=config.stop_grace_seconds,
         log_max_mib=config.log_max_mib,
-        labels={
-            "runner_id": runner_id,
-            "task_id": request.task.id,
-            "pool_name": pool.name,
-            "slot_id": request.slot.slot_id,
-            "slot_path": request.slot.slot_path,
-        },
         options=config.model_dump(mode="json", include=type(config).model_fields.keys() - {"environment"}),
     )
 

@@ -119,7 +119,7 @@ Observation = Starting | Running | Exited | Gone
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A runner that the engine holds, with the labels it was launched with."""
+    """A runner that the engine holds: its whole handle, the labels it was launched with, and when (seconds)."""
 
     handle: Handle
     labels: Mapping[str, str]

@@ -54,7 +54,7 @@ def create_app(
             service = RunnerService(settings, store, feed, spool, reconciler, pools=configured, now=now)
             service.url = settings.public_url or url or f"http://{settings.listen}"
             stack.push_async_callback(reconciler.aclose)
-            app.state.service = service
+            app.state.service, app.state.feed = service, feed
             app.state.authenticator.token = admin_token(settings.state_dir) if settings.auth == "on" else None
             await reconciler.start()
             yield

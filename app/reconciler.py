@@ -17,9 +17,9 @@ from typing import assert_never
 
 from pydantic import JsonValue
 
-from app.errors import LauncherUnavailable, LaunchRejected, NotFound
+from app.errors import LauncherUnavailable, LaunchRejected, NotFound, SlotBusy
 from app.events import Change, Feed
-from app.launcher import Exited, Gone, Handle, Launcher, Observation, Running
+from app.launcher import Exited, Found, Gone, Handle, Launcher, Observation, Running, Starting
 from app.logs import Spool
 from app.pools import Pool, Usage
 from app.runner import (
@@ -34,6 +34,7 @@ from app.runner import (
     Runner,
     Wait,
     accepted,
+    adopted,
     call_failed,
     decide,
     rejected,
@@ -47,6 +48,10 @@ log = logging.getLogger(__name__)
 WORKERS = 64
 RESYNC_SECONDS = 10.0
 STALE_SECONDS = 3 * RESYNC_SECONDS
+SWEEP_SECONDS = 300.0
+GRACE_SECONDS = 600.0
+"""How long something that ended and is on no record is left alone: whoever made it may be about to record it."""
+
 BACKOFF_SECONDS = (0.2, 10.0)
 """The first and the longest pause before an engine that did not answer is asked again."""
 
@@ -91,7 +96,7 @@ class Reconciler:
         for runner_id in await self._store.unclean():
             self._queue.add(runner_id)
         loops = [self._forever(self._work) for _ in range(WORKERS)]
-        loops.append(self._forever(self._resync))
+        loops += [self._forever(self._resync), self._forever(self._sweep)]
         self._tasks = [asyncio.create_task(loop, name=f"reconciler {number}") for number, loop in enumerate(loops)]
 
     async def aclose(self) -> None:
@@ -202,6 +207,43 @@ class Reconciler:
                 ):
                     self._queue.add(runner_id)
 
+    async def _sweep(self) -> None:
+        """Find what engines hold of ours that is on no record, at start and from time to time."""
+        configured = {pool.engine for pool in self._pools().values()}
+        for name in configured | set(self._engines):
+            try:
+                await self._sweep_engine(name)
+            except (LauncherUnavailable, LaunchRejected) as error:
+                log.warning("%s cannot be swept: %s", name, error)
+        await asyncio.sleep(SWEEP_SECONDS)
+
+    async def _sweep_engine(self, name: str) -> None:
+        launcher = self.launcher(name)
+        for found in await launcher.list():
+            try:
+                runner = await self._store.get(found.handle.runner_id)
+            except NotFound:
+                await self._settle_unknown(name, launcher, found)
+            else:
+                if runner.cleaned:
+                    log.warning("%s: %s ended and was removed, and is there again; removing it", name, runner.runner_id)
+                    await launcher.remove(found.handle)
+
+    async def _settle_unknown(self, engine: str, launcher: Launcher, found: Found) -> None:
+        """Adopt a live runner without a record, for a lost database must not kill an agent; remove an ended one later."""
+        runner_id = found.handle.runner_id
+        seen = (await launcher.observe([found.handle])).get(runner_id)
+        if isinstance(seen, Starting | Running):
+            try:
+                await self._store.adopt(adopted(found.labels, found.handle, engine, found.created_at), self._now())
+            except (KeyError, TypeError, ValueError, SlotBusy) as error:
+                log.error("%s: %s lives without a record and cannot be adopted: %r", engine, runner_id, error)  # noqa: TRY400
+            else:
+                log.warning("%s: %s lived without a record, and was adopted", engine, runner_id)
+        elif seen is not None and self._now() - found.created_at > GRACE_SECONDS:
+            log.warning("%s: %s ended without a record; removing what is left of it", engine, runner_id)
+            await launcher.remove(found.handle)
+
     # One runner.
 
     async def _reconcile(self, runner_id: str) -> float | None:
@@ -292,8 +334,7 @@ class Reconciler:
         return None
 
     async def _launch_failed(self, runner: Runner, error: LauncherUnavailable) -> Runner | None:
-        number = len(runner.attempts) + 1
-        longest = min(BACKOFF_SECONDS[1], runner.policy.retry_base_seconds * 2**number)
+        longest = min(BACKOFF_SECONDS[1], runner.policy.retry_base_seconds * 2 ** len(runner.attempts))
         delay = error.retry_after or random.uniform(0, longest)  # noqa: S311 - full jitter
         failed = call_failed(runner, str(error), acted=error.acted, delay=delay, now=self._now())
         return await self._write(runner, failed, "attempt_failed", attempt=asdict(failed.attempts[-1]))

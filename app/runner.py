@@ -8,7 +8,9 @@ that nobody else changed it since.
 Times are seconds since the epoch. Deadlines are data, computed from what is stored, so they survive a restart.
 """
 
-from dataclasses import dataclass, field, replace
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import assert_never
 
@@ -314,6 +316,49 @@ def _overdue(runner: Runner, seen: Starting | Running, now: float, since: float)
         return Wait(due)
     stop = Stop(reason=reason, message=text, at=now, grace_seconds=policy.stop_grace_seconds)
     return Become(replace(runner, phase=Phase.STOPPING, stop=stop), "stopping")
+
+
+# What an engine keeps of a runner, enough to make a record again after the database is lost.
+
+
+def identity(runner: Runner) -> dict[str, str]:
+    """Write a runner as labels for its engine."""
+    labels = {
+        "runner_id": runner.runner_id,
+        "task_id": runner.task_id,
+        "pool_name": runner.pool_name,
+        "slot_id": runner.slot_id,
+        "policy": json.dumps(asdict(runner.policy)),
+        "token_sha256": runner.token_sha256,
+    }
+    for name in ("slot_place", "cpu", "memory_mib"):
+        value = getattr(runner, name)
+        if value is not None:
+            labels[name] = str(value)
+    return labels
+
+
+def adopted(labels: Mapping[str, str], handle: Handle, engine: str, started_at: float) -> Runner:
+    """Make a record of a live runner that has none, from its labels. Raises KeyError, TypeError, ValueError."""
+    policy = Policy(**json.loads(labels["policy"]))
+    return Runner(
+        runner_id=labels["runner_id"],
+        task_id=labels["task_id"],
+        pool_name=labels["pool_name"],
+        slot_id=labels["slot_id"],
+        slot_place=labels.get("slot_place"),
+        engine=engine,
+        phase=Phase.RUNNING,
+        calls=1,
+        created_at=started_at,
+        launch_deadline=started_at + policy.launch_timeout_seconds,
+        policy=policy,
+        cpu=float(labels["cpu"]) if "cpu" in labels else None,
+        memory_mib=int(labels["memory_mib"]) if "memory_mib" in labels else None,
+        token_sha256=labels["token_sha256"],
+        handle=handle,
+        started_at=started_at,
+    )
 
 
 # How a runner changes.

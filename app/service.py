@@ -10,7 +10,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from app.context import inherited, launch_spec
@@ -22,7 +22,7 @@ from app.models import LaunchRequest, Slot
 from app.pools import Pool, Pools, Usage, load_pools, resolve
 from app.reason import Reason
 from app.reconciler import STALE_SECONDS, Reconciler
-from app.runner import Phase, Runner, finished, stop_asked
+from app.runner import Phase, Runner, finished, identity, stop_asked
 from app.settings import Settings
 from app.slots import real_place
 from app.store import Filter, Intent, Store
@@ -148,7 +148,7 @@ class RunnerService:
             memory_mib=spec.memory_mib,
             token_sha256=_sha256(token),
         )
-        return runner, spec
+        return runner, replace(spec, labels=identity(runner))
 
     async def _launched(self, runner: Runner, wait: float) -> Runner:
         """Wait until the engine has said yes or no, or the time is up; whatever is known then."""

@@ -119,6 +119,15 @@ class Store:
         """
         return await self._write(functools.partial(_intend, intent))
 
+    async def adopt(self, runner: Runner, at: float) -> None:
+        """Record a live runner that an engine holds and nobody knew of. Raises SlotBusy."""
+
+        def write(connection: Connection, changes: list[Change]) -> None:
+            _check_slot(connection, runner)
+            _insert(connection, changes, runner, at=at, event_type="adopted")
+
+        await self._write(write)
+
     async def admit(self, runner: Runner, refusal: Callable[[Usage], str | None], now: float) -> bool:
         """Give a queued runner a place, if there is one and nobody waits before it."""
         return await self._write(functools.partial(_admit, runner, refusal, now))
@@ -310,7 +319,9 @@ def _sqlite(url: sa.URL, readers: int) -> Engine:
         connect_args={"check_same_thread": False, "timeout": 5},
     )
     mode = (
-        "PRAGMA query_only=1; PRAGMA wal_autocheckpoint=0" if readers else "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL"
+        "PRAGMA query_only=1; PRAGMA wal_autocheckpoint=0"
+        if readers
+        else "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA secure_delete=1"
     )
 
     @sa.event.listens_for(engine, "connect")
@@ -360,23 +371,32 @@ def _intend(intent: Intent, connection: Connection, changes: list[Change]) -> tu
         if waiting >= intent.queue_limit:
             raise PoolFull(why_not or f"{waiting} launches wait for pool {runner.pool_name} already")
         runner = replace(runner, phase=Phase.QUEUED, calls=0)
+    message = why_not if runner.phase is Phase.QUEUED else None
+    runner = _insert(connection, changes, runner, at=runner.created_at, event_type="accepted", message=message)
+    connection.execute(sa.insert(specs).values(runner_id=runner.runner_id, spec=_spec.dump_json(intent.spec).decode()))
+    if intent.key:
+        row = {"caller": intent.caller, "key": intent.key, "request_sha256": intent.request_sha256}
+        connection.execute(sa.insert(idempotency_keys).values({**row, "runner_id": runner.runner_id}))
+    return runner, False
+
+
+def _insert(
+    connection: Connection,
+    changes: list[Change],
+    runner: Runner,
+    *,
+    at: float,
+    event_type: str,
+    message: str | None = None,
+) -> Runner:
     event = Event(
-        runner_id=runner.runner_id,
-        at=runner.created_at,
-        type="accepted",
-        from_phase=None,
-        to_phase=runner.phase,
-        message=why_not if runner.phase is Phase.QUEUED else None,
+        runner_id=runner.runner_id, at=at, type=event_type, from_phase=None, to_phase=runner.phase, message=message
     )
     event = _append(connection, event)
     runner = replace(runner, revision=event.revision)
     connection.execute(sa.insert(runners).values(_columns(runner)))
-    connection.execute(sa.insert(specs).values(runner_id=runner.runner_id, spec=_spec.dump_json(intent.spec).decode()))
-    if intent.key:
-        row = {"caller": intent.caller, "key": intent.key, "request_sha256": intent.request_sha256}
-        connection.execute(sa.insert(idempotency_keys).values(row, runner_id=runner.runner_id))
     changes.append(Change(runner, event))
-    return runner, False
+    return runner
 
 
 def _check_slot(connection: Connection, runner: Runner) -> None:

@@ -338,13 +338,6 @@ def test_a_specification_is_resolved() -> None:
     assert spec.environment["RUNNER_LAUNCHER_URL"] == "http://host.docker.internal:8080"
     assert spec.environment["RUNNER_MODEL"] == "large"
     assert spec.environment["KEY"] == "secret-key"
-    assert spec.labels == {
-        "runner_id": "runner-1",
-        "task_id": "1.1",
-        "pool_name": "docker",
-        "slot_id": "slot-1",
-        "slot_path": "/slots/1",
-    }
     assert spec.options["network"] == "agents"
     assert spec.options["pull_policy"] == "if-not-present"
     assert spec.options.keys().isdisjoint({"model", "environment"})

@@ -178,13 +178,9 @@ class LocalProcessLauncher:
             await asyncio.to_thread(_trim_all, logs)
 
     def _list(self) -> Sequence[Found]:
-        found = []
-        with contextlib.suppress(FileNotFoundError):
-            for path in self._directory.iterdir():
-                labels = RunDirectory(path).labels()
-                if labels is not None:
-                    found.append(Found(Handle(runner_id=path.name), labels, path.stat().st_mtime))
-        return found
+        if not self._directory.is_dir():
+            return []
+        return [found for path in self._directory.iterdir() if (found := RunDirectory(path).found())]
 
 
 async def _start_shim(place: RunDirectory, spec: LaunchSpec, prepared: Prepared) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from app.errors import LauncherUnavailable, LaunchRejected
-from app.launcher import Enforcement, Exit, Exited, Handle, LaunchSpec
+from app.launcher import Enforcement, Exit, Exited, Found, Handle, LaunchSpec
 from app.launchers.cgroup import Cgroups, Group
 from app.launchers.process_tree import Process, Tree
 from app.logs import LogFile
@@ -160,21 +160,24 @@ class RunDirectory:
                 fifo = self._open_fifo()  # a shim opens it before it claims, so now the answer is final
         except FileNotFoundError:
             return None
+        return Look(fifo, self._handle(about), about["log_max"])
+
+    def found(self) -> Found | None:
+        """Say what was launched here, and with which labels; None if this is no whole run directory."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            about = self._about()
+            return Found(self._handle(about), about["labels"], (self.path / "about.json").stat().st_mtime)
+        return None
+
+    def _handle(self, about: dict[str, Any]) -> Handle:
         main = self._process("pid")
-        handle = Handle(
+        return Handle(
             runner_id=self.runner_id,
             pid=main.pid if main else None,
             node=about["node"],
             enforced_by=Enforcement(cpu=about["cpu"], memory_mib=about["memory_mib"]),
             isolation=about["isolation"],
         )
-        return Look(fifo, handle, about["log_max"])
-
-    def labels(self) -> Mapping[str, str] | None:
-        """Say what the runner was launched with; None if this is no whole run directory."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            return {str(key): str(value) for key, value in self._about()["labels"].items()}
-        return None
 
     def order_end(self, *, kill: bool) -> None:
         """Send TERM to the whole tree, or kill it; notes first that the end, if it comes now, was ordered.
