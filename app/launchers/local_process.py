@@ -21,11 +21,12 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from app.errors import LauncherUnavailable, LaunchRejected, RunnerGone
 from app.launcher import Exited, Found, Gone, Handle, LaunchSpec, LogLine, Observation, Running, Starting
 from app.launchers import cgroup
-from app.launchers.run_directory import Prepared, RunDirectory
+from app.launchers.run_directory import RunDirectory
 from app.logs import LogFile
 
 SHIM = Path(__file__).with_name("shim.sh")
@@ -61,8 +62,9 @@ class LocalProcessLauncher:
     async def launch(self, runner_id: str, spec: LaunchSpec) -> Handle:
         place = self._place(runner_id)
         if prepared := await asyncio.to_thread(self._prepare, place, spec):
-            with prepared.log:
-                await _start_shim(place, spec, prepared)
+            log, command, environment = prepared
+            with log:
+                await _start_shim(command, environment, spec.working_dir, log)
         run = await self._find(runner_id)
         if run is None:
             words = await asyncio.to_thread(place.last_words)
@@ -131,8 +133,15 @@ class LocalProcessLauncher:
     def _place(self, runner_id: str) -> RunDirectory:
         return RunDirectory(self._directory / runner_id)
 
-    def _prepare(self, place: RunDirectory, spec: LaunchSpec) -> Prepared | None:
-        return place.prepare(spec, cgroup.probed(), self._node)
+    def _prepare(self, place: RunDirectory, spec: LaunchSpec) -> tuple[BinaryIO, Sequence[str], Mapping[str, str]] | None:
+        """Lay out all that a shim needs: the log, the shim's command and its environment; None if it was started before."""
+        prepared = place.prepare(spec, cgroup.probed(), self._node)
+        if prepared is None:
+            return None
+        deadline = "-" if spec.run_timeout_seconds is None else f"{spec.run_timeout_seconds + SHIM_SLACK_SECONDS:.3f}"
+        shim = (*_shell(), str(SHIM), str(place.path), deadline, f"{spec.stop_grace_seconds:.3f}")
+        command = (*shim, *_with_default_signals(), *prepared.prefix, *(spec.command or ()))
+        return prepared.log, command, prepared.environment
 
     async def _find(self, runner_id: str) -> _Run | None:
         """Give a runner that was started by whomever, watched from now on; None if none was."""
@@ -183,27 +192,19 @@ class LocalProcessLauncher:
         return [found for path in self._directory.iterdir() if (found := RunDirectory(path).found())]
 
 
-async def _start_shim(place: RunDirectory, spec: LaunchSpec, prepared: Prepared) -> None:
+async def _start_shim(command: Sequence[str], environment: Mapping[str, str], directory: str | None, log: BinaryIO) -> None:
     """Start a shim, and wait until it has started the runner or found that another shim did."""
-    deadline = "-" if spec.run_timeout_seconds is None else f"{spec.run_timeout_seconds + SHIM_SLACK_SECONDS:.3f}"
     ready, told = os.pipe()
     try:
         try:
             shim = await asyncio.create_subprocess_exec(
                 "setsid",  # forks, being a group's leader already: the shim is nobody's child, and needs no reaping here
-                *_shell(),
-                str(SHIM),
-                str(place.path),
-                deadline,
-                f"{spec.stop_grace_seconds:.3f}",
-                *_with_default_signals(),
-                *prepared.prefix,
-                *(spec.command or ()),
+                *command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=told,
-                stderr=prepared.log,
-                cwd=spec.working_dir,
-                env=prepared.environment,
+                stderr=log,
+                cwd=directory,
+                env=environment,
                 start_new_session=True,
             )
         finally:
@@ -213,16 +214,16 @@ async def _start_shim(place: RunDirectory, spec: LaunchSpec, prepared: Prepared)
     except TimeoutError as error:
         raise LauncherUnavailable(f"the shim said nothing for {_START_SECONDS:g} s") from error
     except OSError as error:
-        raise _start_error(error, spec) from error
+        raise _start_error(error, directory) from error
     finally:
         os.close(ready)
 
 
-def _start_error(error: OSError, spec: LaunchSpec) -> LauncherUnavailable | LaunchRejected:
+def _start_error(error: OSError, directory: str | None) -> LauncherUnavailable | LaunchRejected:
     if error.errno == errno.E2BIG:
         return LaunchRejected("the command and its environment are larger than the kernel takes")
     if error.errno in (errno.ENOENT, errno.EACCES, errno.ENOTDIR):
-        return LaunchRejected(f"cannot start in {spec.working_dir}: {error.strerror}")
+        return LaunchRejected(f"cannot start in {directory}: {error.strerror}")
     return LauncherUnavailable(f"cannot start a process: {error}", acted=False)
 
 

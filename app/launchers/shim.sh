@@ -13,8 +13,9 @@
 #
 # POSIX shell for its size: 0.1 MB of private memory each. In a function, so that all of it is read before it runs
 # and a new version may replace this file at any time.
-start_time() { # of a process, in clock ticks since boot
-  read -r stat <"/proc/$1/stat" && set -- ${stat##*) } && echo "${20}"
+identify() { # print "PID STARTTIME" of a process; the time is in clock ticks since boot
+  pid=$1
+  read -r stat <"/proc/$pid/stat" && set -- ${stat##*) } && echo "$pid ${20}"
 }
 
 kill_groups() { # whatever the runner left behind, in any session
@@ -28,23 +29,25 @@ main() {
   shift 3
   exec 9<>"$dir/alive" || exit 1
   set -C
-  { echo "$$ $(start_time $$)" >"$dir/claim"; } 2>/dev/null || exit 0
+  { identify $$ >"$dir/claim"; } 2>/dev/null || exit 0
   set +C
   trap '' HUP INT QUIT TERM PIPE
   # Where `wait` leaves no trace of the job (bash), keep the trace as it ends.
   [ -z "${BASH_VERSION-}" ] || trap 'jobs -l %1 >"$dir/how"' CHLD
 
   (
-    trap - HUP TERM PIPE CHLD
+    trap - HUP TERM CHLD
     exec 9<&-
     while read -r _ group; do
       echo 0 >"$group/cgroup.procs" || exit 125
     done <"$dir/cgroups"
-    exec setsid "$@"
-  ) >&2 </dev/null &
+    read -r self _ </proc/self/stat
+    identify "$self" >"$dir/pid"
+    echo started 2>/dev/null # the service may be dead: this must not be what kills the runner
+    trap - PIPE
+    exec setsid "$@" >&2
+  ) </dev/null &
   pid=$!
-  echo "$pid $(start_time $pid)" >"$dir/pid"
-  echo "$pid" 2>/dev/null
   exec >/dev/null 2>&1
 
   timer=

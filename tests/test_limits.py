@@ -1,0 +1,137 @@
+"""Limits of local runners, held by real control groups: version 1, or version 2, whichever this machine has.
+
+``REQUIRE_ENGINES=cgroup1`` or ``cgroup2`` makes their absence a failure.
+"""
+
+import os
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from conftest import until
+
+from app.launcher import EnforcedBy, Exit, Exited, Handle, LaunchSpec, Running
+from app.launchers import cgroup
+from app.launchers.local_process import LocalProcessLauncher
+
+REQUIRED = {"cgroup1", "cgroup2"} & set(os.environ.get("REQUIRE_ENGINES", "").split(","))
+SECONDS = 120.0
+BUSY = """
+import time
+began, used = time.monotonic(), time.process_time()
+while time.monotonic() - began < 3: pass
+print((time.process_time() - used) / (time.monotonic() - began))
+"""
+EAT = (
+    "import mmap; block = mmap.mmap(-1, 256 << 20); [block.write(b'x' * 4096) for _ in range(256 << 8)]; print('ate it all')"
+)
+
+
+def version() -> EnforcedBy:
+    enforced = cgroup.probed().enforcement(1, 1)
+    assert enforced.cpu == enforced.memory_mib
+    return enforced.cpu
+
+
+@pytest.fixture(autouse=True)
+def _limits_exist() -> None:
+    if REQUIRED:
+        assert version() in REQUIRED
+    elif version() == "none":
+        pytest.skip("this user may make no control groups with limits on this machine")
+
+
+@pytest.fixture
+async def launcher(tmp_path: Path) -> AsyncIterator[LocalProcessLauncher]:
+    launcher = LocalProcessLauncher(tmp_path / "runners")
+    yield launcher
+    for found in await launcher.list():
+        await launcher.remove(found.handle)
+    await launcher.aclose()
+
+
+async def run(
+    launcher: LocalProcessLauncher, tmp_path: Path, script: str, cpu: float | None = None, memory_mib: int | None = None
+) -> tuple[Handle, Exit, str]:
+    runner_id = f"runner-{os.urandom(6).hex()}"
+    spec = LaunchSpec(
+        command=("sh", "-c", script),
+        environment={"PATH": os.environ["PATH"], "RUNNER_ID": runner_id, "EAT": EAT, "BUSY": BUSY},
+        context=b"{}",
+        working_dir=str(tmp_path),
+        cpu=cpu,
+        memory_mib=memory_mib,
+    )
+    handle = await launcher.launch(runner_id, spec)
+
+    async def ended() -> Exited | None:
+        seen = (await launcher.observe([handle]))[runner_id]
+        return seen if isinstance(seen, Exited) else None
+
+    seen = await until(ended, SECONDS)
+    assert seen
+    output = "".join([line.text.decode() + "\n" async for line in launcher.logs(handle)])
+    return handle, seen.exit, output
+
+
+@pytest.mark.timeout(300)
+async def test_a_runner_over_its_memory_is_killed_and_that_is_told(launcher: LocalProcessLauncher, tmp_path: Path) -> None:
+    handle, end, output = await run(launcher, tmp_path, 'exec python3 -c "$EAT"', memory_mib=96)
+    assert handle.enforced_by.memory_mib == version()
+    assert handle.enforced_by.cpu == "none"  # no limit, so nothing holds one
+    assert end.oom_killed
+    assert end.signal == "SIGKILL"
+    assert "ate it all" not in output
+
+
+@pytest.mark.timeout(300)
+async def test_a_runner_within_its_memory_is_left_alone(launcher: LocalProcessLauncher, tmp_path: Path) -> None:
+    _, end, output = await run(launcher, tmp_path, 'exec python3 -c "$EAT"', memory_mib=512)
+    assert (end.code, end.oom_killed) == (0, False)
+    assert "ate it all" in output
+
+
+@pytest.mark.timeout(300)
+async def test_half_a_core_is_near_half_a_core(launcher: LocalProcessLauncher, tmp_path: Path) -> None:
+    handle, end, output = await run(launcher, tmp_path, 'exec python3 -c "$BUSY"', cpu=0.5)
+    assert handle.enforced_by.cpu == version()
+    assert end.code == 0
+    assert float(output) == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.timeout(300)
+async def test_the_shim_is_outside_the_runners_group(launcher: LocalProcessLauncher, tmp_path: Path) -> None:
+    runner_id = "runner-00000000abcd"
+    spec = LaunchSpec(
+        command=("sleep", "1000"), environment={"PATH": os.environ["PATH"]}, context=b"{}", working_dir="/", memory_mib=64
+    )
+    handle = await launcher.launch(runner_id, spec)
+    assert isinstance((await launcher.observe([handle]))[runner_id], Running)
+    shim = (tmp_path / "runners" / runner_id / "claim").read_text().split()[0]
+    assert runner_id in Path(f"/proc/{handle.pid}/cgroup").read_text()
+    assert runner_id not in Path(f"/proc/{shim}/cgroup").read_text()
+
+
+@pytest.mark.timeout(300)
+async def test_nothing_of_the_groups_is_left_after_remove(launcher: LocalProcessLauncher, tmp_path: Path) -> None:
+    handle, _, _ = await run(launcher, tmp_path, "sleep 0.01 & exit 0", cpu=1, memory_mib=64)
+    text = (tmp_path / "runners" / handle.runner_id / "cgroups").read_text()
+    directories = [Path(line.split(" ", 1)[1]) for line in text.splitlines()]
+    assert directories
+    assert all(directory.exists() for directory in directories)
+    await launcher.remove(handle)
+    assert not any(directory.exists() for directory in directories)
+
+
+@pytest.mark.timeout(300)
+async def test_a_process_that_leaves_session_and_environment_behind_dies_with_its_group(
+    launcher: LocalProcessLauncher, tmp_path: Path
+) -> None:
+    script = "env -i setsid setsid sh -c 'echo $$ >escaped; exec sleep 1000' & while [ ! -s escaped ]; do sleep 0.01; done"
+    _, end, _ = await run(launcher, tmp_path, script)
+    assert end.code == 0
+    pid = (tmp_path / "escaped").read_text().strip()
+    status = Path(f"/proc/{pid}/status")
+    assert not status.exists() or re.search(r"State:\s+Z", status.read_text())
