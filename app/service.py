@@ -15,7 +15,7 @@ from pathlib import Path
 
 from app.context import inherited, launch_spec
 from app.errors import Fault, InvalidRequest, NotAuthenticated, NotFound, RunnerEnded, RunnerLaunchError, Unavailable
-from app.events import Event, Feed
+from app.events import Event, Feed, Watch
 from app.launcher import Handle, LaunchSpec
 from app.logs import Spool
 from app.models import LaunchRequest, Slot
@@ -152,23 +152,41 @@ class RunnerService:
 
     async def _launched(self, runner: Runner, wait: float) -> Runner:
         """Wait until the engine has said yes or no, or the time is up; whatever is known then."""
+        deadline = asyncio.get_running_loop().time() + wait
         with self._feed.watching(runner.runner_id) as watch:
-            try:
-                async with asyncio.timeout(wait):
-                    runner = await self._store.get(runner.runner_id)
-                    while not runner.accepted and runner.phase is not Phase.FINISHED:
-                        runner = (await watch.change()).runner
-            except TimeoutError:
-                pass
+            runner = await self._store.get(runner.runner_id)
+            while not runner.accepted and runner.phase is not Phase.FINISHED:
+                news = await self._news(watch, deadline - asyncio.get_running_loop().time())
+                if news is None:
+                    break
+                runner = news
         if runner.phase is Phase.FINISHED and not runner.accepted:
             raise RunnerLaunchError(runner)
         return runner
+
+    async def _news(self, watch: Watch, seconds: float) -> Runner | None:
+        """Wait for a change; None when the time is up or the service goes down."""
+        change, down = asyncio.create_task(watch.change()), asyncio.create_task(self.draining.wait())
+        try:
+            await asyncio.wait({change, down}, timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED)
+            return change.result().runner if change.done() else None
+        finally:
+            change.cancel()
+            down.cancel()
 
     # Read.
 
     async def get(self, runner_id: str) -> Runner:
         """Give a runner. Raises NotFound."""
         return await self._store.get(runner_id)
+
+    async def next(self, runner: Runner, wait: float) -> Runner:
+        """Give a runner as it is after its next change, or as it is after so many seconds."""
+        with self._feed.watching(runner.runner_id) as watch:
+            latest = await self._store.get(runner.runner_id)
+            if latest.revision == runner.revision:
+                latest = await self._news(watch, wait) or latest
+        return latest
 
     async def page(self, wanted: Filter) -> tuple[list[Runner], int | None]:
         """Give runners, newest first, and where the next page begins."""

@@ -99,9 +99,29 @@ async def page(
     )
 
 
-@router.get("/runners/{runner_id}", summary="What became of a runner", responses=problems(404))
-async def read(request: Request, runner_id: str, service: Service) -> RunnerRecord:
-    return record(request, await service.get(runner_id))
+@router.get(
+    "/runners/{runner_id}",
+    summary="What became of a runner",
+    description="With `If-None-Match` and `Prefer: wait=N` it answers when the record changes, or with 304 after N seconds.",
+    response_model=RunnerRecord,
+    responses={304: {"description": "Unchanged"}, **problems(404)},
+)
+async def read(
+    request: Request,
+    response: Response,
+    runner_id: str,
+    service: Service,
+    if_none_match: Annotated[str | None, Header()] = None,
+    prefer: Prefer = None,
+) -> RunnerRecord | Response:
+    runner = await service.get(runner_id)
+    answer = record(request, runner)
+    if if_none_match and _tag(answer) in if_none_match and (wait := patience(prefer, 0)):
+        answer = record(request, await service.next(runner, wait))
+    response.headers["ETag"] = _tag(answer)
+    if if_none_match and _tag(answer) in if_none_match:
+        return Response(status_code=304, headers={"ETag": _tag(answer)})
+    return answer
 
 
 @router.delete(
@@ -156,7 +176,7 @@ async def heartbeat(runner_id: str, service: Service, authorization: Annotated[s
     await service.beat(runner_id, bearer(authorization))
 
 
-def patience(prefer: str | None) -> float:
+def patience(prefer: str | None, default: float = DEFAULT_WAIT_SECONDS) -> float:
     """Read how long a client would wait (RFC 7240), in seconds; what is not understood is ignored."""
     wishes = {
         name.strip().lower(): value.strip()
@@ -165,7 +185,12 @@ def patience(prefer: str | None) -> float:
     if "respond-async" in wishes:
         return 0
     wait = wishes.get("wait", "")
-    return min(float(wait), MAX_WAIT_SECONDS) if wait.isdecimal() and wait.isascii() else DEFAULT_WAIT_SECONDS
+    return min(float(wait), MAX_WAIT_SECONDS) if wait.isdecimal() and wait.isascii() else default
+
+
+def _tag(answer: RunnerRecord) -> str:
+    """Tag a record by what it says of its runner; a heartbeat changes nothing."""
+    return f'W/"{answer.revision}{"s" if answer.stale else ""}"'
 
 
 def _cursor(place: int) -> str:

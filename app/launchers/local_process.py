@@ -14,6 +14,7 @@ import contextlib
 import errno
 import functools
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -139,7 +140,8 @@ class LocalProcessLauncher:
         if prepared is None:
             return None
         deadline = "-" if spec.run_timeout_seconds is None else f"{spec.run_timeout_seconds + SHIM_SLACK_SECONDS:.3f}"
-        shim = (*_shell(), str(SHIM), str(place.path), deadline, f"{spec.stop_grace_seconds:.3f}")
+        grace = f"{spec.stop_grace_seconds:.3f}"
+        shim = (*_shell(), str(SHIM), str(place.path), deadline, grace, _raise_open_files())
         command = (*shim, *_with_default_signals(), *prepared.prefix, *(spec.command or ()))
         return prepared.log, command, prepared.environment
 
@@ -249,6 +251,14 @@ async def _readable(fd: int) -> None:
         await ready
     finally:
         loop.remove_reader(fd)
+
+
+@functools.cache
+def _raise_open_files() -> str:
+    """Let this process hold as many files as it may: one for every live runner; gives what runners shall have, as before."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
 
 
 @functools.cache
