@@ -24,6 +24,7 @@ from app.settings import Settings, load_settings
 log = logging.getLogger("app")
 
 GRACEFUL_SECONDS = 10
+BACKLOG = 2048
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help="Starts AI coding agents, and never loses one.")
 
@@ -111,6 +112,7 @@ def _listen(settings: Settings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
+        listener.listen(BACKLOG)  # from here on a client waits, and is not refused
     except OSError as error:
         listener.close()
         raise ConfigurationError(f"RUNNER_LAUNCHER_LISTEN: cannot listen on {settings.listen}: {error.strerror}") from error

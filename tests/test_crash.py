@@ -1,0 +1,29 @@
+"""The crash test itself, in a short form, and proof that it would notice."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "crash" / "crash.py"
+
+
+def crash(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.timeout(400)
+def test_twenty_crashes_lose_and_double_nothing() -> None:
+    done = crash("--rounds", "20")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rounds 20" in done.stdout
+    assert "lost 0   doubled 0   false end 0   orphan 0" in done.stdout
+
+
+@pytest.mark.timeout(200)
+def test_an_intent_written_after_the_launch_turns_the_crash_test_red() -> None:
+    done = crash("--rounds", "5", "--seed", "1", "--plant", "late-intent")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "DOUBLED" in done.stdout
+    assert "ORPHAN" in done.stdout
