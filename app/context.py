@@ -104,7 +104,6 @@ def launch_spec(
     """
     config = pool.config
     context = task_context(request)
-    local = isinstance(config, LocalProcessConfig)
     cpu, memory_mib = pool.demand
     return LaunchSpec(
         command=_command(pool, default_command),
@@ -115,7 +114,7 @@ def launch_spec(
             token=token,
             url=config.public_url or url,
             traceparent=traceparent,
-            inherited=inherited if local else {},
+            inherited=_inherited(config, inherited),
         ),
         context=context,
         working_dir=_working_dir(pool, working_dir),
@@ -126,6 +125,17 @@ def launch_spec(
         log_max_mib=config.log_max_mib,
         options=config.model_dump(mode="json", include=type(config).model_fields.keys() - {"environment"}),
     )
+
+
+def _inherited(config: PoolConfig, inherited: Mapping[str, str]) -> Mapping[str, str]:
+    """Leave out what is not true where the runner runs: inside an image, or in another user's home."""
+    match config:
+        case LocalProcessConfig(user=None):
+            return inherited
+        case LocalProcessConfig():
+            return {name: value for name, value in inherited.items() if name != "HOME"}
+        case _:
+            return {}
 
 
 def _command(pool: Pool, default: Sequence[str]) -> tuple[str, ...] | None:

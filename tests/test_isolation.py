@@ -1,0 +1,67 @@
+"""Runners as another user; only a service that runs as root can do this, so elsewhere it is refused."""
+
+import os
+import pwd
+import tempfile
+from pathlib import Path
+
+import pytest
+from conftest import Service, finished, launch_body, launched, local_pool, problem, read
+
+root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process as another user")
+
+
+def give_to_everybody(slot: Path) -> None:
+    slot.chmod(0o777)
+    for path in [path for path in slot.parents if path.is_relative_to(tempfile.gettempdir())]:
+        if path.stat().st_uid == os.geteuid() and path != Path(tempfile.gettempdir()):
+            path.chmod(path.stat().st_mode | 0o011)
+
+
+@root
+async def test_a_pool_with_a_user_runs_as_that_user_and_says_so(service: Service, slot: Path) -> None:
+    give_to_everybody(slot)
+    script = 'id -u; id -g; echo "$HOME"; cat "$TASK_CONTEXT_FILE" >context; ls -l /proc/self/fd | wc -l'
+    async with service({"local": local_pool(user="nobody")}) as client:
+        runner = await launched(client, launch_body(slot, script))
+        record = await finished(client, runner)
+        output = (await client.get(f"/runners/{runner['runner_id']}/logs")).text.splitlines()
+    nobody = pwd.getpwnam("nobody")
+    assert (record["exit_code"], record["isolation"]) == (0, "user")
+    assert output[:3] == [str(nobody.pw_uid), str(nobody.pw_gid), nobody.pw_dir]
+    assert '"task_id":"7"' in read(slot / "context")
+    assert (slot / "context").stat().st_uid == nobody.pw_uid
+    assert not list(Path(tempfile.gettempdir()).glob(f"{runner['runner_id']}-*"))
+
+
+@root
+async def test_a_user_may_be_numbers(service: Service, slot: Path) -> None:
+    give_to_everybody(slot)
+    async with service({"local": local_pool(user="12345:23456")}) as client:
+        runner = await launched(client, launch_body(slot, "id -u; id -g; id -G"))
+        await finished(client, runner)
+        output = (await client.get(f"/runners/{runner['runner_id']}/logs")).text.split()
+    assert output == ["12345", "23456", "23456"]
+
+
+async def test_a_user_that_does_not_exist_is_a_rejected_launch(service: Service, slot: Path) -> None:
+    async with service({"local": local_pool(user="no-such-user")}) as client:
+        answer = await client.post("/runners", json=launch_body(slot))
+        said = problem(answer, 422, "launch-rejected", words="no such user: no-such-user")
+        assert said["runner"]["state"] == "failed"
+
+
+async def test_without_a_user_nothing_is_claimed(service: Service, slot: Path) -> None:
+    async with service() as client:
+        record = await finished(client, await launched(client, launch_body(slot)))
+        assert record["isolation"] == "none"
+
+
+@root
+async def test_a_user_who_may_not_read_the_state_directory_cannot(service: Service, slot: Path, state_dir: Path) -> None:
+    give_to_everybody(slot)
+    async with service({"local": local_pool(user="nobody")}) as client:
+        runner = await launched(client, launch_body(slot, f"cat {state_dir}/token; ls {state_dir}; exit 0"))
+        await finished(client, runner)
+        output = (await client.get(f"/runners/{runner['runner_id']}/logs")).text
+    assert output.count("Permission denied") == 2
