@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from app.errors import ContextTooLarge, Fault
 from app.launcher import LaunchSpec
 from app.models import LaunchRequest
-from app.pools import MAX_VARIABLE_BYTES, LocalProcessConfig, Pool
+from app.pools import MAX_VARIABLE_BYTES, LocalProcessConfig, Pool, PoolConfig
 
 MAX_CONTEXT_BYTES = 1_000_000
 """What a Kubernetes Secret can carry with room to spare, and so the limit everywhere."""
