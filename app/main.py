@@ -40,6 +40,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            if settings.tokens_file:
+                raise ConfigurationError("RUNNER_LAUNCHER_TOKENS_FILE: token files are not read by this version yet")
             _take_state_dir(settings, stack)
             feed = Feed()
             spool = Spool(settings.state_dir / "logs")
