@@ -225,7 +225,7 @@ class Reconciler:
             except NotFound:
                 await self._settle_unknown(name, launcher, found)
             else:
-                if runner.cleaned:
+                if runner.cleaned and not isinstance((await launcher.observe([found.handle])).get(runner.runner_id), Gone):
                     log.warning("%s: %s ended and was removed, and is there again; removing it", name, runner.runner_id)
                     await launcher.remove(found.handle)
 

@@ -85,7 +85,7 @@ class Group:
     def remove(self, seconds: float = 1) -> None:
         """Remove it; a group that was just emptied may be busy for a moment, and one that does not go is left behind."""
         deadline = time.monotonic() + seconds
-        for directory in self.directories:
+        for directory in filter(Path.exists, self.directories):
             for path in sorted([directory, *(path for path in directory.glob("**/") if path != directory)], reverse=True):
                 while path.exists():
                     with contextlib.suppress(OSError):
@@ -122,14 +122,17 @@ class Cgroups:
     def _enforced(self, controller: str) -> EnforcedBy:
         return "cgroup2" if controller in self.controllers else "cgroup1" if controller in self.legacy else "none"
 
+    def group(self, runner_id: str, *controllers: str) -> Group:
+        """Name a runner's group, with these hierarchies of version 1; it may exist or not."""
+        unified = self.unified / runner_id if self.unified else None
+        return Group(unified, {name: home / runner_id for name, home in self.legacy.items() if name in controllers})
+
     def create(self, runner_id: str, cpu: float | None, memory_mib: int | None) -> Group:
         """Make a runner's group with its limits (cores, MiB; None: no limit). Raises OSError.
 
         Joining a hierarchy takes the kernel milliseconds, so only those of version 1 are used that have a limit to hold.
         """
-        limited = {name for name, limit in (("cpu", cpu), ("memory", memory_mib)) if limit is not None}
-        legacy = {name: home / runner_id for name, home in self.legacy.items() if name in limited}
-        group = Group(self.unified / runner_id if self.unified else None, legacy)
+        group = self.group(runner_id, *(name for name, limit in (("cpu", cpu), ("memory", memory_mib)) if limit is not None))
         for home in group.directories:
             home.mkdir(exist_ok=True)
         for name, text in _limits(cpu, memory_mib).items():

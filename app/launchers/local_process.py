@@ -19,21 +19,24 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from app.errors import LauncherUnavailable, LaunchRejected, RunnerGone
 from app.launcher import Exited, Found, Gone, Handle, LaunchSpec, LogLine, Observation, Running, Starting
 from app.launchers import cgroup
-from app.launchers.run_directory import RunDirectory
+from app.launchers.run_directory import Look, RunDirectory
 from app.logs import LogFile
+from app.reason import Reason
 
 SHIM = Path(__file__).with_name("shim.sh")
 SHIM_SLACK_SECONDS = 2.0
 """How much later than the service the shim enforces the run deadline: it is there for when the service is not."""
 
+T = TypeVar("T")
+_Start = tuple[BinaryIO, Sequence[str], Mapping[str, str]]
 TRIM_SECONDS = 1.0
 _START_SECONDS = 10.0
 
@@ -46,7 +49,7 @@ class _Run:
     fifo: int
     log_max: int
     ended: bool = False
-    exit: Exited | None = None
+    end: Exited | Gone | None = None
     concluding: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -56,19 +59,19 @@ class LocalProcessLauncher:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._runs: dict[str, _Run] = {}
-        self._changed: asyncio.Queue[str] = asyncio.Queue()
+        self._changed: asyncio.Queue[str | None] = asyncio.Queue()
         self._trimmer: asyncio.Task[None] | None = None
         self._node = socket.gethostname()
 
     async def launch(self, runner_id: str, spec: LaunchSpec) -> Handle:
         place = self._place(runner_id)
-        if prepared := await asyncio.to_thread(self._prepare, place, spec):
+        if prepared := await _in_thread(self._prepare, place, spec, undo=_close_log):
             log, command, environment = prepared
             with log:
                 await _start_shim(command, environment, spec.working_dir, log)
         run = await self._find(runner_id)
         if run is None:
-            words = await asyncio.to_thread(place.last_words)
+            words = await _in_thread(place.last_words)
             raise LauncherUnavailable(f"the shim of {runner_id} did not start: {words}", acted=False)
         return run.handle
 
@@ -80,18 +83,19 @@ class LocalProcessLauncher:
                 seen[handle.runner_id] = Gone()
             elif not run.ended:
                 seen[handle.runner_id] = Running() if run.handle.pid else Starting()
-            elif exited := await self._conclude(run):
-                seen[handle.runner_id] = exited
+            elif end := await self._conclude(run):
+                seen[handle.runner_id] = end
         return seen
 
     async def watch(self) -> AsyncIterator[str]:
-        while True:
-            yield await self._changed.get()
+        while (runner_id := await self._changed.get()) is not None:
+            yield runner_id
+        self._changed.put_nowait(None)  # for other watches
 
     async def stop(self, handle: Handle, grace: float) -> None:
         run = await self._find(handle.runner_id)
         if run and not run.ended:
-            await asyncio.to_thread(self._place(handle.runner_id).order_end, kill=grace <= 0)
+            await _in_thread(functools.partial(self._place(handle.runner_id).order_end, kill=grace <= 0))
 
     async def logs(self, handle: Handle, *, after: str | None = None, follow: bool = False) -> AsyncIterator[LogLine]:
         run = await self._find(handle.runner_id)
@@ -108,19 +112,20 @@ class LocalProcessLauncher:
         return self._place(handle.runner_id).log
 
     async def list(self) -> Sequence[Found]:
-        return await asyncio.to_thread(self._list)
+        return await _in_thread(self._list)
 
     async def remove(self, handle: Handle) -> None:
         if run := self._runs.pop(handle.runner_id, None):
             run.ended = True
             _unwatch(run)
-        await asyncio.to_thread(self._place(handle.runner_id).remove)
+        await _in_thread(self._place(handle.runner_id).remove)
 
     async def ping(self) -> None:
         if not await asyncio.to_thread(os.access, self._directory.parent, os.W_OK):
             raise LauncherUnavailable(f"{self._directory.parent} cannot be written")
 
     async def aclose(self) -> None:
+        self._changed.put_nowait(None)
         if self._trimmer:
             self._trimmer.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -134,14 +139,15 @@ class LocalProcessLauncher:
     def _place(self, runner_id: str) -> RunDirectory:
         return RunDirectory(self._directory / runner_id)
 
-    def _prepare(self, place: RunDirectory, spec: LaunchSpec) -> tuple[BinaryIO, Sequence[str], Mapping[str, str]] | None:
+    def _prepare(self, place: RunDirectory, spec: LaunchSpec) -> _Start | None:
         """Lay out all that a shim needs: the log, the shim's command and its environment; None if it was started before."""
         prepared = place.prepare(spec, cgroup.probed(), self._node)
         if prepared is None:
             return None
         deadline = "-" if spec.run_timeout_seconds is None else f"{spec.run_timeout_seconds + SHIM_SLACK_SECONDS:.3f}"
         grace = f"{spec.stop_grace_seconds:.3f}"
-        shim = (*_shell(), str(SHIM), str(place.path), deadline, grace, _raise_open_files())
+        setsid, sleep = _tool("setsid"), _tool("sleep")
+        shim = (setsid, _shell(), str(SHIM), str(place.path), deadline, grace, _raise_open_files(), setsid, sleep)
         command = (*shim, *_with_default_signals(), *prepared.prefix, *(spec.command or ()))
         return prepared.log, command, prepared.environment
 
@@ -151,14 +157,13 @@ class LocalProcessLauncher:
             return run
         deadline = time.monotonic() + _START_SECONDS
         while True:
-            look = await asyncio.to_thread(self._place(runner_id).look)
+            look = await _in_thread(self._place(runner_id).look, undo=_close_fifo)
             if look is None or runner_id in self._runs:
-                if look and look.fifo >= 0:
-                    os.close(look.fifo)
+                _close_fifo(look)
                 return self._runs.get(runner_id)
             if look.handle.pid or look.fifo < 0 or time.monotonic() > deadline:
                 break
-            os.close(look.fifo)  # its shim is just about to start it
+            _close_fifo(look)  # its shim is just about to start it
             await asyncio.sleep(0.005)
         run = self._runs[runner_id] = _Run(look.handle, look.fifo, look.log_max, ended=look.fifo < 0)
         if not run.ended:
@@ -172,13 +177,13 @@ class LocalProcessLauncher:
         _unwatch(run)
         self._changed.put_nowait(run.handle.runner_id)
 
-    async def _conclude(self, run: _Run) -> Exited | None:
+    async def _conclude(self, run: _Run) -> Exited | Gone | None:
         """Say how it ended, once nothing of it lives; None while something still does."""
         async with run.concluding:
-            if run.exit is None:
-                place = self._place(run.handle.runner_id)
-                run.exit = await asyncio.to_thread(place.conclude, run.log_max)
-            return run.exit
+            place = self._place(run.handle.runner_id)
+            if run.end is None or not await _in_thread(place.path.exists):
+                run.end = await _in_thread(place.conclude, run.log_max)
+            return run.end
 
     async def _trim(self) -> None:
         """Keep the log of every live runner under its cap."""
@@ -194,13 +199,40 @@ class LocalProcessLauncher:
         return [found for path in self._directory.iterdir() if (found := RunDirectory(path).found())]
 
 
+async def _in_thread(call: Callable[..., T], *arguments: object, undo: Callable[[T], None] | None = None) -> T:
+    """Do what blocks in a thread, and wait for its end also when cancelled: it goes on anyway, and may hold what to undo."""
+    work = asyncio.create_task(asyncio.to_thread(call, *arguments))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait({work})
+        if undo and not work.exception():
+            undo(work.result())
+        raise
+    except OSError as error:  # no files left, no memory, a disk that fails
+        raise LauncherUnavailable(str(error), acted=False) from error
+
+
+def _close_log(prepared: _Start | None) -> None:
+    if prepared:
+        prepared[0].close()
+
+
+def _close_fifo(look: Look | None) -> None:
+    if look and look.fifo >= 0:
+        os.close(look.fifo)
+
+
 async def _start_shim(command: Sequence[str], environment: Mapping[str, str], directory: str | None, log: BinaryIO) -> None:
-    """Start a shim, and wait until it has started the runner or found that another shim did."""
+    """Start a shim, and wait until it has started the runner or found that another shim did.
+
+    The command begins with `setsid`, which forks because it is made a group's leader: the shim is nobody's child, needs no
+    reaping here, and outlives this process.
+    """
     ready, told = os.pipe()
     try:
         try:
             shim = await asyncio.create_subprocess_exec(
-                "setsid",  # forks, being a group's leader already: the shim is nobody's child, and needs no reaping here
                 *command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=told,
@@ -262,17 +294,22 @@ def _raise_open_files() -> str:
 
 
 @functools.cache
-def _shell() -> tuple[str, ...]:
+def _shell() -> str:
     """The shell for shims: the smallest that tells `exit 137` from a kill."""
-    for name in ("dash", "bash"):
-        if path := shutil.which(name):
-            return (path,)
-    return ("/bin/sh",)
+    return shutil.which("dash") or shutil.which("bash") or "/bin/sh"
+
+
+@functools.cache
+def _tool(name: str) -> str:
+    """Find a program by the service's own PATH: the runner's may be anything."""
+    if path := shutil.which(name):
+        return path
+    raise LaunchRejected(f"local pools need the program {name}, and it is not in the service's PATH", Reason.CONFIG_ERROR)
 
 
 @functools.cache
 def _with_default_signals() -> tuple[str, ...]:
     """A prefix that undoes the shell's habit to start background jobs deaf to INT and QUIT, where `env` can."""
-    prefix = ("env", "--default-signal=INT,QUIT")
+    prefix = (_tool("env"), "--default-signal=INT,QUIT")
     works = subprocess.run([*prefix, "true"], check=False, capture_output=True).returncode == 0  # noqa: S603 - fixed words
     return prefix if works else ()

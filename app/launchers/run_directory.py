@@ -8,20 +8,26 @@ import errno
 import json
 import os
 import pwd
+import secrets
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from app.errors import LauncherUnavailable, LaunchRejected
-from app.launcher import Enforcement, Exit, Exited, Found, Handle, LaunchSpec
+from app.launcher import Enforcement, Exit, Exited, Found, Gone, Handle, LaunchSpec
+from app.launchers import cgroup
 from app.launchers.cgroup import Cgroups, Group
 from app.launchers.process_tree import Process, Tree
 from app.logs import LogFile
 from app.reason import Reason
+
+KILL_SECONDS = 5.0
+"""How long a killed process may take to be gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +54,15 @@ class Account:
 
     @property
     def prefix(self) -> tuple[str, ...]:
-        """The command that becomes this user; a program of its own, because a fork with a user takes the slow path."""
+        """The command that becomes this user; a program of its own, because a fork with a user takes the slow path.
+
+        Raises LaunchRejected.
+        """
         groups = "--init-groups" if self.name else "--clear-groups"
-        return ("setpriv", f"--reuid={self.uid}", f"--regid={self.gid}", groups, "--")
+        setpriv = shutil.which("setpriv")
+        if setpriv is None:
+            raise LaunchRejected("a pool with a user needs the program setpriv", Reason.CONFIG_ERROR)
+        return (setpriv, f"--reuid={self.uid}", f"--regid={self.gid}", groups, "--")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +112,7 @@ class RunDirectory:
         account = Account.find(str(user)) if user is not None else None
         if account and os.geteuid() not in (0, account.uid):
             raise LaunchRejected(f"only a service that runs as root can start a runner as {user}")
+        fresh = not self.path.exists()
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             context = self._write_context(spec.context, account)
@@ -120,6 +133,9 @@ class RunDirectory:
                 os.mkfifo(self.path / "alive", 0o600)
             log = open(self.log, "ab", opener=_private)  # noqa: SIM115 - closed by whoever starts the shim
         except OSError as error:
+            if fresh:
+                with contextlib.suppress(LauncherUnavailable, OSError):
+                    self.remove()
             raise LauncherUnavailable(f"cannot prepare {self.runner_id}: {error}", acted=False) from error
         home = {"HOME": account.home} if account and account.home else {}
         return Prepared(
@@ -142,7 +158,7 @@ class RunDirectory:
 
     def _write(self, name: str, data: bytes) -> None:
         """Write a file that is never seen half-written."""
-        fresh = self.path / f"{name}.new"
+        fresh = self.path / f"{name}.{secrets.token_hex(4)}"
         with open(fresh, "wb", opener=_private) as file:
             file.write(data)
         fresh.rename(self.path / name)
@@ -197,10 +213,12 @@ class RunDirectory:
 
     # After the end of its shim.
 
-    def conclude(self, log_max: int) -> Exited | None:
+    def conclude(self, log_max: int) -> Exited | Gone | None:
         """Make sure that nothing lives, then say how it ended; None while something still does."""
         if not self._tree().kill():
             return None
+        if not (self.path / "about.json").exists():
+            return Gone()
         truncated = LogFile(self.log).trim(log_max) if self.log.exists() else False
         oom_killed = self._group().oom_kills() > 0
         try:
@@ -226,16 +244,20 @@ class RunDirectory:
     def remove(self) -> None:
         """Kill what lives and delete all that was made. Raises LauncherUnavailable.
 
-        Claims the place first: a shim that a dead service had under way then finds it taken, or gone.
+        Claims the place first: a shim that a dead service had under way then finds it taken, or gone. Then the shim dies,
+        and only then the tree: what starts nothing any more is killed for good.
         """
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             os.close(os.open(self.path / "claim", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        if not self.path.exists():
-            return
-        if not self._tree().kill():
+        deadline = time.monotonic() + KILL_SECONDS
+        while self._shim_lives():
+            if shim := self._process("claim"):
+                shim.kill(signal.SIGKILL)
+            if time.monotonic() > deadline:
+                raise LauncherUnavailable(f"the shim of {self.runner_id} does not die")
+            time.sleep(0.002)
+        if not self._tree().kill(KILL_SECONDS):
             raise LauncherUnavailable(f"{self.runner_id} has processes that do not die")
-        if shim := self._process("claim"):
-            shim.kill(signal.SIGKILL)  # with its runner dead it is about to end anyway
         self._group().remove()
         with contextlib.suppress(OSError, ValueError, KeyError):
             context = Path(self._about()["context"])
@@ -265,6 +287,15 @@ class RunDirectory:
                 return -1
             raise
 
+    def _shim_lives(self) -> bool:
+        try:
+            fifo = self._open_fifo()
+        except FileNotFoundError:
+            return False
+        if fifo >= 0:
+            os.close(fifo)
+        return fifo >= 0
+
     def _process(self, name: str) -> Process | None:
         with contextlib.suppress(OSError, ValueError):
             return Process.parse((self.path / name).read_text())
@@ -273,7 +304,7 @@ class RunDirectory:
     def _group(self) -> Group:
         with contextlib.suppress(OSError, ValueError):
             return Group.parse((self.path / "cgroups").read_text())
-        return Group()
+        return cgroup.probed().group(self.runner_id, *cgroup.CONTROLLERS)
 
     def _tree(self) -> Tree:
         return Tree(self.runner_id, self._process("pid"), self._process("claim"), self._group())

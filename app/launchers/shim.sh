@@ -1,10 +1,12 @@
 # The shim: owns one local runner from its start to its end, also while the service is down.
 #
-#   setsid sh shim.sh RUN_DIR DEADLINE GRACE FILES COMMAND...    stdout: a pipe to the service   stderr: the runner's log
+#   setsid sh shim.sh RUN_DIR DEADLINE GRACE FILES SETSID SLEEP COMMAND...    stdout: a pipe to the service   stderr: the log
+#
+# SETSID and SLEEP are paths, because the PATH here is the runner's.
 #
 # What others read in RUN_DIR:
-#   alive   a fifo that this process alone keeps open; no reader means: the shim is dead (true across pid namespaces,
-#           reboots and reused pids, because the kernel keeps it)
+#   alive   a fifo that this process alone keeps open; no reader means: the shim is dead and starts nothing any more
+#           (true across pid namespaces, reboots and reused pids, because the kernel keeps it)
 #   claim   "PID STARTTIME" of the shim, created exclusively: of several shims started for one runner, one goes on
 #   cgroups lines of a name and a directory: the control groups that the runner, and not its shim, is in
 #   pid     "PID STARTTIME" of the runner's main process
@@ -25,9 +27,9 @@ kill_groups() { # whatever the runner left behind, in any session
 }
 
 main() {
-  dir=$1 deadline=$2 grace=$3 files=$4
-  shift 4
-  exec 9<>"$dir/alive" || exit 1
+  dir=$1 deadline=$2 grace=$3 files=$4 setsid=$5 sleep=$6
+  shift 6
+  [ -p "$dir/alive" ] && exec 9<>"$dir/alive" || exit 1
   set -C
   { identify $$ >"$dir/claim"; } 2>/dev/null || exit 0
   set +C
@@ -37,27 +39,27 @@ main() {
 
   (
     trap - HUP TERM CHLD
-    exec 9<&-
     while read -r _ group; do
       join=$group/tasks # of version 1, and joined ten times as fast as cgroup.procs
       [ -e "$join" ] || join=$group/cgroup.procs
       echo 0 >"$join" || exit 125
     done <"$dir/cgroups"
+    exec 9<&- # only now: once nobody holds the fifo, all that lives is in the groups
     read -r self _ </proc/self/stat
     identify "$self" >"$dir/pid"
     echo started 2>/dev/null # the service may be dead: this must not be what kills the runner
     trap - PIPE
     ulimit -S -n "$files" # the service has raised its own
-    exec setsid "$@" >&2
+    exec "$setsid" "$@" >&2
   ) </dev/null &
   pid=$!
   exec >/dev/null 2>&1
 
   timer=
   if [ "$deadline" != - ]; then
-    setsid sh -c '
-      sleep "$1"; : >"$4/deadline"; kill -15 "-$3"; sleep "$2"; kill -9 "-$3"
-    ' timer "$deadline" "$grace" "$pid" "$dir" 9<&- &
+    "$setsid" /bin/sh -c '
+      "$5" "$1"; : >"$4/deadline"; kill -15 "-$3"; "$5" "$2"; kill -9 "-$3"
+    ' timer "$deadline" "$grace" "$pid" "$dir" "$sleep" 9<&- &
     timer=$!
   fi
 

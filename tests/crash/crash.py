@@ -172,10 +172,9 @@ async def dispatch(service: Service, launch: Launch, slot: Path) -> None:
             await asyncio.sleep(0.02)
 
 
-async def play(service: Service, number: int, rng: random.Random, verdict: Verdict) -> None:
+async def play(service: Service, number: int, point: str, rng: random.Random, verdict: Verdict) -> None:
     """Play one round, and judge it."""
     home = service.home
-    point = POINTS[number % len(POINTS)] if service.plant is None else "planted"
     launches = [
         Launch(f"task-{number}-{index}", rng.choice([0, 0, 0.05, 0.2]), rng.choice([0, 0, 3]), stop=index < STOPPED)
         for index in range(LAUNCHES)
@@ -207,6 +206,9 @@ async def play(service: Service, number: int, rng: random.Random, verdict: Verdi
     except TimeoutError:
         waiting = [launch.task_id for launch in launches if launch.record.get("phase") != "finished"]
         verdict.fault("lost", f"after {point}: no end in {SETTLE_SECONDS:g} s: {waiting}")
+        for runner in (home / "state" / "runners").iterdir():
+            shown = {path.name: path.read_text()[:200] for path in runner.iterdir() if path.is_file()}
+            print(f"    {runner.name}: {shown}")
         for task in dispatchers:
             task.cancel()
         await asyncio.gather(*dispatchers, return_exceptions=True)
@@ -309,6 +311,7 @@ async def main() -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--kind", default="local-process", choices=["local-process"])
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--point", choices=POINTS, help="die at this point alone")
     parser.add_argument("--plant", choices=["late-intent"])
     options = parser.parse_args()
     rng = random.Random(options.seed)  # noqa: S311 - a schedule, to be repeated by its seed
@@ -318,7 +321,8 @@ async def main() -> int:
     number = 0
     try:
         while verdict.rounds < options.rounds and number < 2 * options.rounds + 20:
-            await play(service, number, rng, verdict)
+            point = "planted" if options.plant else options.point or POINTS[number % len(POINTS)]
+            await play(service, number, point, rng, verdict)
             number += 1
             if number % 25 == 0:
                 print(f"{verdict.rounds} rounds, faults: {dict(verdict.faults)}", flush=True)
