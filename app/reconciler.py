@@ -49,6 +49,7 @@ WORKERS = 64
 RESYNC_SECONDS = 10.0
 STALE_SECONDS = 3 * RESYNC_SECONDS
 SWEEP_SECONDS = 300.0
+START_SECONDS = 2.0
 GRACE_SECONDS = 600.0
 """How long something that ended and is on no record is left alone: whoever made it may be about to record it."""
 
@@ -88,16 +89,23 @@ class Reconciler:
         self._queue = WorkQueue()
         self._engines: dict[str, _Engine] = {}
         self._failures: dict[str, int] = {}
+        self._swept = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         feed.listen(self._changed)
 
     async def start(self) -> None:
-        """Take up every runner that needs something, and keep at it."""
+        """Take up every runner that needs something, and keep at it.
+
+        Returns when the engines were swept once, so that no slot is given away whose runner lives and is not on record; an
+        engine that does not answer holds this up for a moment only.
+        """
         for runner_id in await self._store.unclean():
             self._queue.add(runner_id)
         loops = [self._forever(self._work) for _ in range(WORKERS)]
         loops += [self._forever(self._resync), self._forever(self._sweep)]
         self._tasks = [asyncio.create_task(loop, name=f"reconciler {number}") for number, loop in enumerate(loops)]
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._swept.wait(), START_SECONDS)
 
     async def aclose(self) -> None:
         """Stop working; runners live on."""
@@ -215,19 +223,19 @@ class Reconciler:
                 await self._sweep_engine(name)
             except (LauncherUnavailable, LaunchRejected) as error:
                 log.warning("%s cannot be swept: %s", name, error)
+        self._swept.set()
         await asyncio.sleep(SWEEP_SECONDS)
 
     async def _sweep_engine(self, name: str) -> None:
         launcher = self.launcher(name)
-        for found in await launcher.list():
-            try:
-                runner = await self._store.get(found.handle.runner_id)
-            except NotFound:
+        listed = await launcher.list()
+        known = await self._store.known([found.handle.runner_id for found in listed])
+        for found in listed:
+            if found.handle.runner_id not in known:
                 await self._settle_unknown(name, launcher, found)
-            else:
-                if runner.cleaned and not isinstance((await launcher.observe([found.handle])).get(runner.runner_id), Gone):
-                    log.warning("%s: %s ended and was removed, and is there again; removing it", name, runner.runner_id)
-                    await launcher.remove(found.handle)
+            elif known[found.handle.runner_id] and not await _gone(launcher, found.handle):
+                log.warning("%s: %s is done with, and is there again; removing it", name, found.handle.runner_id)
+                await launcher.remove(found.handle)
 
     async def _settle_unknown(self, engine: str, launcher: Launcher, found: Found) -> None:
         """Adopt a live runner without a record, for a lost database must not kill an agent; remove an ended one later."""
@@ -359,6 +367,10 @@ class Reconciler:
                     await self._spool.keep(launcher, _handle(runner))
                 await launcher.remove(_handle(runner))
         await self._store.forget_spec(runner.runner_id)
+
+
+async def _gone(launcher: Launcher, handle: Handle) -> bool:
+    return isinstance((await launcher.observe([handle])).get(handle.runner_id), Gone)
 
 
 def _handle(runner: Runner) -> Handle:

@@ -385,7 +385,7 @@ def call_failed(runner: Runner, error: str, *, acted: bool, delay: float, now: f
 
 def rejected(runner: Runner, reason: Reason, error: str, now: float) -> Runner:
     """The runner after the engine's no."""
-    attempt = Attempt(number=len(runner.attempts) + 1, at=now, error=error, retryable=False, acted=False)
+    attempt = Attempt(number=len(runner.attempts) + 1, at=now, error=error, retryable=False)  # a no may leave something too
     runner = replace(runner, attempts=(*runner.attempts, attempt))
     return finished(runner, reason, f"{runner.engine}: {error}", now)
 

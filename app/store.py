@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from pydantic import JsonValue, TypeAdapter
 from sqlalchemy import Connection, Engine, Row
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.pool import QueuePool
 
 from app.errors import ConfigurationError, InvalidRequest, NotFound, PoolFull, SlotBusy, Unavailable
@@ -194,6 +194,15 @@ class Store:
         query = sa.select(runners.c.runner_id).where(waiting)
         return await self._read(lambda connection: list(connection.execute(query.order_by(runners.c.seq)).scalars()))
 
+    async def known(self, runner_ids: Sequence[str]) -> dict[str, bool]:
+        """Say which of these are on record, and whether they are done with: ended, and nothing left of them."""
+        rows = []
+        for first in range(0, len(runner_ids), BATCH):
+            some = runners.c.runner_id.in_(runner_ids[first : first + BATCH])
+            query = sa.select(runners.c.runner_id, runners.c.cleaned).where(some)
+            rows += await self._read(lambda connection, query=query: connection.execute(query).all())  # type: ignore[misc]
+        return {row.runner_id: row.cleaned for row in rows}
+
     async def replayed(self, caller: str, key: str, request_sha256: str) -> Runner | None:
         """Give the runner that this key of this caller stands for. Raises InvalidRequest if for another request."""
         return await self._read(lambda connection: _replayed(connection, caller, key, request_sha256))
@@ -289,6 +298,8 @@ class _Pending:
         try:
             with connection.begin_nested():
                 self.result = self.write(connection, made)
+        except IntegrityError as error:  # this write's own fault; any other error of the database fails the whole batch
+            self.error = error
         except DBAPIError:
             raise
         except Exception as error:  # noqa: BLE001 - handed to the caller as it is
