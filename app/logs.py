@@ -56,6 +56,8 @@ class LogFile:
                 step = min(CHUNK, position - start)
                 block = os.pread(file.fileno(), step, position - step)
                 if position == size and not block.endswith(b"\n"):
+                    if lines == 0:
+                        return size
                     wanted -= 1
                 found = block.count(b"\n")
                 if found >= wanted:
@@ -65,7 +67,7 @@ class LogFile:
                     return position - step + at + 1
                 wanted -= found
                 position -= step
-            return start
+            return 0  # the hole at the front, if any, included: whoever reads on from here is told of it
 
     async def chunks(self, after: int = 0, *, follow: Callable[[], bool] | None = None) -> AsyncIterator[tuple[int, bytes]]:
         """Output behind an offset, in pieces of whatever size, each with the offset behind it.
@@ -74,17 +76,21 @@ class LogFile:
         """
         file = await asyncio.to_thread(self.path.open, "rb", buffering=0)
         try:
+            broken = False  # whether the last piece ended within a line
             while True:
                 more = follow is not None and follow()
                 gap, data = await asyncio.to_thread(_read, file.fileno(), after)
-                after += gap + len(data)
                 if gap:
-                    yield after, _gap_note(gap)
+                    after += gap
+                    yield after, b"\n" * broken + _gap_note(gap)
+                    broken = False
                 if data:
+                    after += len(data)
+                    broken = not data.endswith(b"\n")
                     yield after, data
-                elif not more:
-                    return
-                else:
+                elif not gap:  # behind a gap there may be more
+                    if not more:
+                        return
                     await asyncio.sleep(FOLLOW_SECONDS)
         finally:
             file.close()
@@ -157,13 +163,16 @@ class Spool:
             await asyncio.to_thread(_link, source, kept)
             return
         fresh = kept.with_suffix(".new")
-        with contextlib.suppress(RunnerGone):
+        try:
             file = await asyncio.to_thread(fresh.open, "wb")
             try:
-                async for line in launcher.logs(handle):
-                    file.write(line.text + b"\n")
+                async for piece in _pieces(launcher.logs(handle)):
+                    await asyncio.to_thread(file.write, piece)
             finally:
                 await asyncio.to_thread(file.close)
+        except RunnerGone:
+            await asyncio.to_thread(fresh.unlink)
+        else:
             await asyncio.to_thread(fresh.rename, kept)
 
     async def output(
@@ -200,6 +209,18 @@ async def _lines(launcher: Launcher, handle: Handle, tail: int | None, *, follow
             return
     async for line in launcher.logs(handle, after=after, follow=follow):
         yield line
+
+
+async def _pieces(lines: AsyncIterator[LogLine]) -> AsyncIterator[bytes]:
+    """Join lines to pieces that are worth a write."""
+    piece = bytearray()
+    async for line in lines:
+        piece += line.text + b"\n"
+        if len(piece) >= CHUNK:
+            yield bytes(piece)
+            piece.clear()
+    if piece:
+        yield bytes(piece)
 
 
 def _link(source: Path, kept: Path) -> None:

@@ -12,14 +12,14 @@ import logging
 import random
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import assert_never
 
 from pydantic import JsonValue
 
 from app.errors import LauncherUnavailable, LaunchRejected, NotFound, SlotBusy
-from app.events import Change, Feed
-from app.launcher import Exited, Found, Gone, Handle, Launcher, Observation, Running, Starting
+from app.events import Change, Feed, Watch
+from app.launcher import Exited, Found, Gone, Handle, Launcher, LaunchSpec, Observation, Running, Starting
 from app.logs import Spool
 from app.pools import Pool, Usage
 from app.runner import (
@@ -45,7 +45,9 @@ from app.work_queue import WorkQueue
 
 log = logging.getLogger(__name__)
 
-WORKERS = 64
+LAUNCHES = 64
+"""How many launches are asked of one engine at once; the others wait, and hold up nothing but themselves."""
+
 RESYNC_SECONDS = 10.0
 STALE_SECONDS = 3 * RESYNC_SECONDS
 SWEEP_SECONDS = 300.0
@@ -63,7 +65,9 @@ class _Engine:
 
     launcher: Launcher
     watcher: asyncio.Task[None]
-    answered_at: float
+    opened_at: float
+    answered_at: float | None = None
+    launches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(LAUNCHES))
 
 
 class Reconciler:
@@ -91,6 +95,7 @@ class Reconciler:
         self._failures: dict[str, int] = {}
         self._swept = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._working: set[asyncio.Task[None]] = set()
         feed.listen(self._changed)
 
     async def start(self) -> None:
@@ -101,8 +106,7 @@ class Reconciler:
         """
         for runner_id in await self._store.unclean():
             self._queue.add(runner_id)
-        loops = [self._forever(self._work) for _ in range(WORKERS)]
-        loops += [self._forever(self._resync), self._forever(self._sweep)]
+        loops = [self._forever(step) for step in (self._hand_out, self._resync, self._sweep)]
         self._tasks = [asyncio.create_task(loop, name=f"reconciler {number}") for number, loop in enumerate(loops)]
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._swept.wait(), START_SECONDS)
@@ -110,7 +114,7 @@ class Reconciler:
     async def aclose(self) -> None:
         """Stop working; runners live on."""
         self._queue.close()
-        tasks = [*self._tasks, *(engine.watcher for engine in self._engines.values())]
+        tasks = [*self._tasks, *self._working, *(engine.watcher for engine in self._engines.values())]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -138,13 +142,13 @@ class Reconciler:
     def engines(self) -> dict[str, bool]:
         """Say of every engine in use whether it has answered lately."""
         limit = self._now() - STALE_SECONDS
-        return {name: engine.answered_at >= limit for name, engine in self._engines.items()}
+        return {name: (engine.answered_at or engine.opened_at) >= limit for name, engine in self._engines.items()}
 
     def _engine(self, name: str) -> _Engine:
         if name not in self._engines:
             launcher = self._open_launcher(name)
             watcher = asyncio.create_task(self._forever(lambda: self._watch(launcher)), name=f"watch {name}")
-            self._engines[name] = _Engine(launcher, watcher, self._now())
+            self._engines[name] = _Engine(launcher, watcher, opened_at=self._now())
         return self._engines[name]
 
     def _changed(self, change: Change) -> None:
@@ -163,8 +167,13 @@ class Reconciler:
                 log.exception("a loop of the reconciler failed, and goes on")
                 await asyncio.sleep(1)
 
-    async def _work(self) -> None:
-        runner_id = await self._queue.get()
+    async def _hand_out(self) -> None:
+        """Start on the next runner that wants a look; the queue gives none to two at once."""
+        task = asyncio.create_task(self._work(await self._queue.get()))
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
+
+    async def _work(self, runner_id: str) -> None:
         try:
             pause = await self._reconcile(runner_id)
             self._failures.pop(runner_id, None)
@@ -186,7 +195,7 @@ class Reconciler:
     def _back_off(self, runner_id: str) -> float:
         failures = self._failures[runner_id] = self._failures.get(runner_id, 0) + 1
         first, longest = BACKOFF_SECONDS
-        return random.uniform(first / 2, min(longest, first * 2**failures))  # noqa: S311 - spreads load
+        return random.uniform(first / 2, min(longest, first * 2 ** min(failures, 30)))  # noqa: S311 - spreads load
 
     async def _watch(self, launcher: Launcher) -> None:
         async for runner_id in launcher.watch():
@@ -256,6 +265,10 @@ class Reconciler:
 
     async def _reconcile(self, runner_id: str) -> float | None:
         """Take steps until there is nothing to do but wait; says for how many seconds, None: until something changes."""
+        with self._feed.watching(runner_id) as watch:
+            return await self._drive(runner_id, watch)
+
+    async def _drive(self, runner_id: str, watch: Watch) -> float | None:
         try:
             runner: Runner | None = await self._store.get(runner_id)
         except NotFound:
@@ -274,7 +287,7 @@ class Reconciler:
                         await self.launcher(runner.engine).remove(_handle(runner))
                     runner = await self._write(runner, changed, event)
                 case Launch():
-                    runner = await self._launch(runner)
+                    runner = await self._launch(runner, watch)
                 case Order(grace=grace):
                     await self.launcher(runner.engine).stop(_handle(runner), grace)
                     if grace <= 0:
@@ -285,6 +298,7 @@ class Reconciler:
                         return runner.launch_deadline - self._now()
                     return None
                 case CleanUp():
+                    await self.wake_queued(runner.pool_name)
                     await self._clean_up(runner)
                     return None
                 case _:
@@ -293,10 +307,7 @@ class Reconciler:
 
     async def _write(self, old: Runner, new: Runner, event: str, **data: JsonValue) -> Runner | None:
         """Write a change; None if somebody else was first, and then everything is to be decided anew."""
-        changed = await self._store.change(old, new, event, self._now(), data)
-        if changed and changed.phase is Phase.FINISHED:
-            await self.wake_queued(changed.pool_name)
-        return changed
+        return await self._store.change(old, new, event, self._now(), data)
 
     async def _look(self, runner: Runner) -> Observation:
         """Ask the engine. Raises LauncherUnavailable also where it cannot say anything of this runner now."""
@@ -307,13 +318,13 @@ class Reconciler:
             raise LauncherUnavailable(f"{runner.engine} cannot say now what became of it")
         return seen[runner.runner_id]
 
-    async def _launch(self, runner: Runner) -> Runner | None:
+    async def _launch(self, runner: Runner, watch: Watch) -> Runner | None:
         try:
-            engine = self._engine(runner.engine)
+            engine = self._engine_for_launch(runner)
             spec = await self._store.spec(runner.runner_id)
             if spec is None:
                 raise RuntimeError(f"the specification of {runner.runner_id} is gone")
-            handle = await self._unless_stopped(runner, engine.launcher.launch(runner.runner_id, spec))
+            handle = await self._unless_stopped(runner, watch, _launch_in_turn(engine, runner.runner_id, spec))
         except LaunchRejected as error:
             return await self._write(runner, rejected(runner, error.reason, str(error), self._now()), "rejected")
         except LauncherUnavailable as error:
@@ -323,26 +334,38 @@ class Reconciler:
         engine.answered_at = self._now()
         return await self._write(runner, accepted(runner, handle, self._now()), "started")
 
-    async def _unless_stopped(self, runner: Runner, launching: Coroutine[None, None, Handle]) -> Handle | None:
-        """Wait for a launch; None if it was called off because a stop was asked for or its time is up."""
-        with self._feed.watching(runner.runner_id) as watch:
-            call = asyncio.create_task(launching)
-            news = asyncio.create_task(watch.change())
-            try:
-                patience = max(0.0, runner.launch_deadline - self._now())
-                await asyncio.wait({call, news}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-                if call.done():
-                    return call.result()
-            finally:
-                for task in (call, news):
-                    task.cancel()
-                await asyncio.wait({call, news})
+    def _engine_for_launch(self, runner: Runner) -> _Engine:
+        """Open an engine. Failing to is the launch's end only if no service before this one can have launched it."""
+        try:
+            return self._engine(runner.engine)
+        except LaunchRejected as error:
+            if runner.created_at < self._since and not runner.untouched:
+                raise LauncherUnavailable(f"{runner.engine} cannot be opened: {error}") from error
+            raise
+
+    async def _unless_stopped(self, runner: Runner, watch: Watch, launching: Coroutine[None, None, Handle]) -> Handle | None:
+        """Wait for a launch; None if it was called off because a stop was asked for or its time is up.
+
+        A launch that is begun after its time is there to find what exists, and gets the whole time for that.
+        """
+        call = asyncio.create_task(launching)
+        news = asyncio.create_task(_changed_since(watch, runner.revision))
+        try:
+            left = runner.launch_deadline - self._now()
+            patience = left if left > 0 else runner.policy.launch_timeout_seconds
+            await asyncio.wait({call, news}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            if call.done():
+                return call.result()
+        finally:
+            for task in (call, news):
+                task.cancel()
+            await asyncio.wait({call, news})
         with contextlib.suppress(asyncio.CancelledError):
             return call.result()
         return None
 
     async def _launch_failed(self, runner: Runner, error: LauncherUnavailable) -> Runner | None:
-        longest = min(BACKOFF_SECONDS[1], runner.policy.retry_base_seconds * 2 ** len(runner.attempts))
+        longest = min(BACKOFF_SECONDS[1], runner.policy.retry_base_seconds * 2 ** min(len(runner.attempts), 30))
         delay = error.retry_after or random.uniform(0, longest)  # noqa: S311 - full jitter
         failed = call_failed(runner, str(error), acted=error.acted, delay=delay, now=self._now())
         return await self._write(runner, failed, "attempt_failed", attempt=asdict(failed.attempts[-1]))
@@ -371,6 +394,17 @@ class Reconciler:
 
 async def _gone(launcher: Launcher, handle: Handle) -> bool:
     return isinstance((await launcher.observe([handle])).get(handle.runner_id), Gone)
+
+
+async def _launch_in_turn(engine: _Engine, runner_id: str, spec: LaunchSpec) -> Handle:
+    async with engine.launches:
+        return await engine.launcher.launch(runner_id, spec)
+
+
+async def _changed_since(watch: Watch, revision: int) -> None:
+    """Wait until a runner is changed by somebody else."""
+    while (await watch.change()).runner.revision <= revision:
+        pass
 
 
 def _handle(runner: Runner) -> Handle:

@@ -243,8 +243,8 @@ def _queued(runner: Runner, now: float) -> Action:
 
 def _launching(runner: Runner, seen: Observation | None, now: float) -> Action:
     """Before the engine has said yes: try, try again, or give up, but only once it is known that nothing was started."""
-    if isinstance(seen, Starting | Running | Exited):
-        return Launch()  # it exists after all: launching again finds it
+    if isinstance(seen, Starting | Running | Exited):  # it exists after all: launching again finds it
+        return Launch() if now >= runner.next_attempt_at else Wait(runner.next_attempt_at)
     giving_up = _reason_to_give_up(runner, now)
     if giving_up:
         if runner.untouched or isinstance(seen, Gone):
@@ -440,7 +440,7 @@ def _stop_came_first(stop: Stop, end: Exit) -> bool:
 
 
 def _own_end(end: Exit, *, nonzero: bool) -> tuple[Reason | None, str | None]:
-    if end.reason:
+    if end.reason and (end.reason is not Reason.OOM_KILLED or nonzero):
         return end.reason, f"the engine says {end.reason}"
     if end.oom_killed and nonzero:
         return Reason.OOM_KILLED, "killed because it ran out of memory"

@@ -36,6 +36,7 @@ Index("runners_live_slot", runners.c.slot_id, unique=True, sqlite_where=LIVE, po
 Index("runners_live_place", runners.c.slot_place, unique=True, sqlite_where=LIVE, postgresql_where=LIVE)
 Index("runners_live_pool", runners.c.pool_name, runners.c.phase, sqlite_where=LIVE, postgresql_where=LIVE)
 Index("runners_unclean", runners.c.seq, sqlite_where=text("cleaned = 0"), postgresql_where=text("NOT cleaned"))
+Index("runners_created", runners.c.created_at)
 Index("runners_task", runners.c.task_id, runners.c.seq)
 Index("runners_slot", runners.c.slot_id, runners.c.seq)
 Index("runners_pool", runners.c.pool_name, runners.c.seq)

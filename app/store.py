@@ -13,6 +13,7 @@ import contextlib
 import functools
 import logging
 import queue
+import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +24,15 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from pydantic import JsonValue, TypeAdapter
 from sqlalchemy import Connection, Engine, Row
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 from sqlalchemy.pool import QueuePool
 
 from app.errors import ConfigurationError, InvalidRequest, NotFound, PoolFull, SlotBusy, Unavailable
 from app.events import Change, Event
 from app.launcher import LaunchSpec
 from app.pools import Usage
+from app.reason import Reason
+from app.runner import LIVE as LIVE_PHASES
 from app.runner import PLACED, Phase, Runner, State, admitted
 from app.schema import HEAD, LIVE, events, idempotency_keys, pool_switches, runners, specs
 
@@ -37,6 +40,7 @@ log = logging.getLogger(__name__)
 
 BATCH = 500
 READERS = 2
+IDLE_SECONDS = 0.5
 
 T = TypeVar("T")
 Write = Callable[[Connection, list[Change]], T]
@@ -81,34 +85,45 @@ class Store:
 
     def __init__(self, url: str, publish: Callable[[Sequence[Change]], None]) -> None:
         self._publish = publish
-        self._url = sa.make_url(url)
+        self._closed = False
+        try:
+            self._url = sa.make_url(url)
+        except ArgumentError:  # whose text may hold a password
+            raise ConfigurationError("RUNNER_LAUNCHER_DATABASE_URL: not a database URL, such as sqlite:////PATH") from None
         self._writes: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, name="store writer", daemon=True)
+        self._wiped = True  # also by an earlier service, which may have been killed
         self._readers = ThreadPoolExecutor(READERS, "store reader")
 
     async def open(self) -> None:
         """Open the database, brought up to date. Raises ConfigurationError."""
         self._loop = asyncio.get_running_loop()
-        await asyncio.to_thread(self._open)
+        try:
+            await asyncio.to_thread(self._open)
+        except (OSError, DBAPIError) as error:
+            reason = error.orig if isinstance(error, DBAPIError) else error
+            raise ConfigurationError(f"RUNNER_LAUNCHER_DATABASE_URL: {self._url!r} cannot be used: {reason}") from error
         self._writer.start()
 
     def _open(self) -> None:
-        if self._url.get_backend_name() != "sqlite" or not self._url.database:
+        path = self._url.database
+        if self._url.get_backend_name() != "sqlite" or not path or path == ":memory:":
             raise ConfigurationError(f"RUNNER_LAUNCHER_DATABASE_URL: only sqlite:///PATH is understood, not {self._url!r}")
-        Path(self._url.database).touch(mode=0o600)
+        Path(path).touch(mode=0o600)
         self._write_engine = _sqlite(self._url, readers=0)
         self._read_engine = _sqlite(self._url, readers=READERS)
         _migrate(self._write_engine)
 
     async def aclose(self) -> None:
         """Finish the writes that were asked for, and close."""
+        self._closed = True
         if self._writer.is_alive():
             self._writes.put(None)
             await asyncio.to_thread(self._writer.join)
-        self._readers.shutdown()
+        await asyncio.to_thread(self._readers.shutdown)
         for name in ("_write_engine", "_read_engine"):
             if engine := getattr(self, name, None):
-                engine.dispose()
+                await asyncio.to_thread(engine.dispose)  # the last to close writes the log back
 
     # Writes.
 
@@ -152,6 +167,7 @@ class Store:
 
         def write(connection: Connection, _: list[Change]) -> None:
             connection.execute(sa.delete(specs).where(specs.c.runner_id == runner_id))
+            self._wiped = True
             connection.execute(sa.update(runners).where(runners.c.runner_id == runner_id).values(cleaned=True))
 
         await self._write(write)
@@ -248,12 +264,14 @@ class Store:
             raise Unavailable(f"the store cannot be read: {error.orig}", code="store-unavailable") from error
 
     async def _write(self, write: Write[T]) -> T:
+        if self._closed:
+            raise Unavailable("the store is closed", code="store-unavailable")
         pending = _Pending(write, self._loop.create_future())
         self._writes.put(pending)
         return await asyncio.shield(pending.future)
 
     def _write_all(self) -> None:
-        while first := self._writes.get():
+        while first := self._next():
             batch, last = [first], False
             while len(batch) < BATCH and not last:
                 with contextlib.suppress(queue.Empty):
@@ -264,6 +282,20 @@ class Store:
                     self._writes.put(None)  # closing: this batch, then the end
                 last = True
             self._commit(batch)
+
+    def _next(self) -> "_Pending | None":
+        """Wait for a write; once there is none for a while, wipe what is left in the log of past ones."""
+        if self._wiped:
+            with contextlib.suppress(queue.Empty):
+                return self._writes.get(timeout=IDLE_SECONDS)
+            self._wiped = not self._scrub()
+        return self._writes.get()
+
+    def _scrub(self) -> bool:
+        """Empty the write-ahead log, which holds what was deleted from the tables; says whether no reader was in the way."""
+        with contextlib.suppress(DBAPIError, sqlite3.Error), contextlib.closing(self._write_engine.raw_connection()) as raw:
+            return raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0  # type: ignore[no-any-return]
+        return False
 
     def _commit(self, batch: list["_Pending"]) -> None:
         changes: list[Change] = []
@@ -279,9 +311,11 @@ class Store:
         self._loop.call_soon_threadsafe(self._resolve, batch, changes)
 
     def _resolve(self, batch: list["_Pending"], changes: list[Change]) -> None:
-        self._publish(changes)
-        for pending in batch:
-            pending.resolve()
+        try:
+            self._publish(changes)
+        finally:  # whatever a listener does, those who wait are answered
+            for pending in batch:
+                pending.resolve()
 
 
 @dataclass(slots=True, eq=False)
@@ -425,7 +459,7 @@ def _admit(
     runner: Runner, refusal: Callable[[Usage], str | None], now: float, connection: Connection, changes: list[Change]
 ) -> bool:
     first = sa.select(sa.func.min(runners.c.seq)).where(
-        runners.c.pool_name == runner.pool_name, runners.c.phase == Phase.QUEUED
+        LIVE, runners.c.pool_name == runner.pool_name, runners.c.phase == Phase.QUEUED
     )
     mine = sa.select(runners.c.seq).where(runners.c.runner_id == runner.runner_id)
     if connection.execute(first).scalar() != connection.execute(mine).scalar():
@@ -445,9 +479,14 @@ def _change(
     at: float,
     data: dict[str, JsonValue] | None = None,
 ) -> Runner | None:
-    current = sa.select(runners.c.revision).where(runners.c.runner_id == old.runner_id)
-    if connection.execute(current).scalar() != old.revision:
+    query = sa.select(runners.c.revision, runners.c.last_heartbeat).where(runners.c.runner_id == old.runner_id)
+    current = connection.execute(query).first()
+    if current is None or current.revision != old.revision:
         return None
+    silent = new.stop is not old.stop and new.stop is not None and new.stop.reason is Reason.HEARTBEAT_LOST
+    if silent and current.last_heartbeat != old.last_heartbeat:
+        return None  # it was heard of while its silence was judged
+    new = replace(new, last_heartbeat=current.last_heartbeat)
     event = Event(
         runner_id=old.runner_id,
         at=at,
@@ -503,8 +542,13 @@ def _page(connection: Connection, wanted: Filter) -> tuple[list[Runner], int | N
     }.items():
         if value is not None:
             query = query.where(column == value)
+    if wanted.phase in LIVE_PHASES:
+        query = query.where(LIVE)
     if wanted.since is not None:
         query = query.where(runners.c.created_at >= wanted.since)
+    if wanted.phase in LIVE_PHASES or wanted.since is not None:
+        # By an index, and sorted: else SQLite walks through all runners in order.
+        query = query.order_by(None).order_by((runners.c.seq + 0).desc())
     if wanted.before is not None:
         query = query.where(runners.c.seq < wanted.before)
     rows = connection.execute(query).all()

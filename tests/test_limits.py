@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-
 from conftest import until
 
 from app.launcher import EnforcedBy, Exit, Exited, Handle, LaunchSpec, Running

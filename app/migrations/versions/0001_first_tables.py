@@ -35,6 +35,7 @@ def upgrade() -> None:
     op.create_index(
         "runners_unclean", "runners", ["seq"], sqlite_where=sa.text("cleaned = 0"), postgresql_where=sa.text("NOT cleaned")
     )
+    op.create_index("runners_created", "runners", ["created_at"])
     for column in ("task", "slot", "pool", "state"):
         name = {"task": "task_id", "slot": "slot_id", "pool": "pool_name", "state": "state"}[column]
         op.create_index(f"runners_{column}", "runners", [name, "seq"])
