@@ -29,13 +29,20 @@ BACKLOG = 2048
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help="Starts AI coding agents, and never loses one.")
 
 
-@cli.callback()
-def _common(
-    version: Annotated[bool, typer.Option("--version", help="Say the version and go.")] = False,
-) -> None:
-    if version:
+def _tell_version(wanted: bool) -> None:  # noqa: FBT001 - as typer calls it
+    if wanted:
         typer.echo(__version__)
         raise typer.Exit
+
+
+@cli.callback()
+def _common(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Say the version and go.")
+    ] = False,
+) -> None:
+    pass
 
 
 @cli.command()

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from app import __version__
 from app.api import gate, health, pools, problems, runners
+from app.api.answers import describe
 from app.api.auth import Authenticator, admin_token
 from app.errors import ConfigurationError
 from app.events import Feed
@@ -66,7 +67,6 @@ def create_app(
         summary="Starts AI coding agents and tells the truth about how each one ended.",
         version=__version__,
         lifespan=lifespan,
-        max_body_size=gate.MAX_BODY_BYTES,
         generate_unique_id_function=lambda route: f"{route.tags[0]}_{route.name}" if route.tags else route.name,
     )
     app.state.authenticator = Authenticator()
@@ -74,6 +74,7 @@ def create_app(
     problems.install(app)
     for module in (runners, pools, health):
         app.include_router(module.router)
+    app.openapi = functools.partial(describe, app)  # type: ignore[method-assign] # FastAPI's own way
     return app
 
 

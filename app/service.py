@@ -21,7 +21,7 @@ from app.logs import Spool
 from app.models import LaunchRequest, Slot
 from app.pools import Pool, Pools, Usage, load_pools, resolve
 from app.reason import Reason
-from app.reconciler import STALE_SECONDS, Reconciler
+from app.reconciler import Reconciler
 from app.runner import Phase, Runner, finished, identity, stop_asked
 from app.settings import Settings
 from app.slots import real_place
@@ -130,7 +130,7 @@ class RunnerService:
             default_command=self._settings.runner_command,
             working_dir=place,
         )
-        now = self._now()
+        now = round(self._now(), 6)  # as it is told, so that asking for what was created since then finds it
         runner = Runner(
             runner_id=runner_id,
             task_id=request.task.id,
@@ -199,8 +199,8 @@ class RunnerService:
 
     def heard(self, runner: Runner) -> tuple[float | None, bool]:
         """Say when a runner's engine last answered, and whether that is too long ago to rely on."""
-        at = self._reconciler.answered_at(runner.engine)
-        return at, at is not None and at < self._now() - STALE_SECONDS
+        answers = self._reconciler.engines().get(runner.engine, True)
+        return self._reconciler.answered_at(runner.engine), not answers
 
     def engines(self) -> dict[str, bool]:
         """Say of every engine in use whether it answers."""

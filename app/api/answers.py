@@ -1,8 +1,11 @@
 """What routes share in answering: the service behind a request, who asks, and how a runner is told."""
 
-from typing import Annotated, cast
+from http import HTTPStatus
+from typing import Annotated, Any, cast
 
-from fastapi import Depends, Request
+from fastapi import Depends, FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
 
 from app.models import Problem, RunnerRecord, runner_record
 from app.runner import Runner
@@ -30,6 +33,22 @@ def record(request: Request, runner: Runner) -> RunnerRecord:
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, object]]:
-    """Declare which problems a route may answer; every route may refuse who asks or how."""
+    """Declare which problems a route may answer; every route may refuse who asks, or how."""
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"model": Problem, "content": content} for status in sorted({400, 401, 403, *statuses})}
+    return {
+        status: {"description": HTTPStatus(status).phrase, "content": content}
+        for status in sorted({400, 401, 403, 422, *statuses})
+    }
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """Tell in OpenAPI also what routes cannot: the shape of problems, and that a token is needed."""
+    if not app.openapi_schema:
+        described = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        components = described["components"]
+        shapes = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")[1]["$defs"]
+        components["schemas"] = dict(sorted({**components["schemas"], **shapes}.items()))
+        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        described["security"] = [{"token": []}]
+        app.openapi_schema = described
+    return app.openapi_schema

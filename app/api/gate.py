@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.auth import NOBODY, Authenticator
@@ -53,12 +54,22 @@ class Gate:
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
             await send(message)
 
+        received = 0
+
+        async def receive_bounded() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY_BYTES:
+                raise HTTPException(413, f"the body is too long: {MAX_BODY_BYTES} is the most")
+            return message
+
         try:
             self._admit(scope, headers)
         except RequestRefused as error:
             await answer(Request(scope), error)(scope, receive, send_named)
         else:
-            await self._app(scope, receive, send_named)
+            await self._app(scope, receive_bounded, send_named)
 
     def _admit(self, scope: Scope, headers: Mapping[str, str]) -> None:
         """Raise RequestRefused unless this may come in; notes who asks."""
@@ -71,7 +82,7 @@ class Gate:
         else:
             scope["caller"] = self._authenticator.caller(headers.get("authorization"))
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if length != "0" and kind != "application/json":
+        if (length != "0" or "transfer-encoding" in headers) and kind != "application/json":
             raise InvalidRequest("the body must be application/json, and say so in Content-Type", code="content-type")
 
     def _check_names(self, headers: Mapping[str, str]) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
-from app.api.answers import Service
+from app.api.answers import Service, problems
 from app.models import Readiness
 
 router = APIRouter(tags=["health"])
@@ -18,7 +18,7 @@ async def livez() -> dict[str, str]:
 @router.get(
     "/readyz",
     summary="Whether requests are served",
-    responses={503: {"model": Readiness, "description": "Not now"}},
+    responses={**problems(), 503: {"model": Readiness, "description": "Not now"}},
 )
 async def readyz(
     response: Response,

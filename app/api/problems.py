@@ -51,6 +51,9 @@ LAUNCH_STATUS = {
 }
 """What a launch that failed for a reason answers; a reason that is not here was in the request: 422."""
 
+PLAIN_CODES = {HTTPStatus.BAD_REQUEST: "unparsable", HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "too-large"}
+"""What the framework's refusals are called; others by their phrase, which must not change with the Python version."""
+
 RETRY_SECONDS = (1, 5)
 
 
@@ -119,8 +122,9 @@ async def _plain(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         return await _defect(request, error)
     status = HTTPStatus(error.status_code)
-    code = "unparsable" if status is HTTPStatus.BAD_REQUEST else status.phrase.lower().replace(" ", "-")
-    return _problem(request, status, code, str(error.detail), headers=dict(error.headers or {}))
+    code = PLAIN_CODES.get(status) or status.phrase.lower().replace(" ", "-")
+    text = f"{error.detail}: {error.__cause__}" if error.__cause__ else str(error.detail)
+    return _problem(request, status, code, text, headers=dict(error.headers or {}))
 
 
 async def _defect(request: Request, error: Exception) -> Response:

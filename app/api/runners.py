@@ -48,7 +48,7 @@ async def launch(
     prefer: Prefer = None,
     idempotency_key: Key = None,
 ) -> RunnerRecord:
-    wait = patience(prefer)
+    wait, applied = patience(prefer)
     launched = await service.launch(
         body,
         who,
@@ -64,8 +64,8 @@ async def launch(
         response.status_code = 202
     elif launched.replayed:
         response.status_code = 200
-    if prefer:
-        response.headers["Preference-Applied"] = f"wait={wait:g}" if wait else "respond-async"
+    if applied:
+        response.headers["Preference-Applied"] = applied
     return answer
 
 
@@ -116,7 +116,7 @@ async def read(
 ) -> RunnerRecord | Response:
     runner = await service.get(runner_id)
     answer = record(request, runner)
-    if if_none_match and _tag(answer) in if_none_match and (wait := patience(prefer, 0)):
+    if if_none_match and _tag(answer) in if_none_match and (wait := patience(prefer, 0)[0]):
         answer = record(request, await service.next(runner, wait))
     response.headers["ETag"] = _tag(answer)
     if if_none_match and _tag(answer) in if_none_match:
@@ -176,16 +176,19 @@ async def heartbeat(runner_id: str, service: Service, authorization: Annotated[s
     await service.beat(runner_id, bearer(authorization))
 
 
-def patience(prefer: str | None, default: float = DEFAULT_WAIT_SECONDS) -> float:
-    """Read how long a client would wait (RFC 7240), in seconds; what is not understood is ignored."""
+def patience(prefer: str | None, default: float = DEFAULT_WAIT_SECONDS) -> tuple[float, str | None]:
+    """Read how long a client would wait (RFC 7240), in seconds, and by which wish; what is not understood is ignored."""
     wishes = {
         name.strip().lower(): value.strip()
         for name, _, value in (part.partition("=") for part in re.split("[,;]", prefer or ""))
     }
     if "respond-async" in wishes:
-        return 0
-    wait = wishes.get("wait", "")
-    return min(float(wait), MAX_WAIT_SECONDS) if wait.isdecimal() and wait.isascii() else default
+        return 0, "respond-async"
+    wish = wishes.get("wait", "")
+    if not (wish.isdecimal() and wish.isascii()):
+        return default, None
+    wait = min(float(wish), MAX_WAIT_SECONDS)
+    return wait, f"wait={wait:g}"
 
 
 def _tag(answer: RunnerRecord) -> str:
