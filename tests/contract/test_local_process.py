@@ -188,4 +188,6 @@ class TestLocalProcess(LauncherContract):
         lines = [line.decode() for line in await self.read(handle)]
         assert lines[0] == self.world.spec(exits(0)).working_dir
         assert lines[1:5] == ["/dev/null", "0", "1", "2"]
-        assert [line.split()[1] for line in lines[5:]] == ["0" * 16, "0" * 16]
+        masks = [int(line.split()[1], 16) for line in lines[5:]]
+        # The C library keeps 32 and 33 to itself, and posix_spawn, by which make starts us, leaves them ignored.
+        assert [mask & ~(0b11 << 31) for mask in masks] == [0, 0]
