@@ -80,8 +80,8 @@ class Tree:
         return _search(self)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to all that live."""
-        for process in self.processes():
+        """Send a signal to all that live, the main process first: it must not take its children's end for their failure."""
+        for process in sorted(self.processes(), key=lambda process: process != self.main):
             process.kill(number)
 
     def kill(self, seconds: float = 5) -> bool:

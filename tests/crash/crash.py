@@ -258,8 +258,8 @@ def judge_one(
         verdict.fault("lost", f"{name}: {record['phase']}")
         return
     told = (record["state"], record["exit_code"], record["reason"])
-    if launch.stop and record["reason"] == "cancelled" and end is None:
-        return
+    if launch.stop and record["reason"] == "cancelled" and (end is None or record["exit_code"] == end[1]):
+        return  # it would have slept for long: an end that it wrote came of the stop, which wins
     if starts == 0 and not launch.stop:
         verdict.fault("lost", f"{name}: never started, and on record as {told}")
         return
