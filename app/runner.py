@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import assert_never
 
-from app.launcher import Enforcement, Exit, Exited, Gone, Handle, Observation, Running, Starting
+from app.launcher import Exit, Exited, Gone, Handle, Observation, Running, Starting
 from app.reason import Reason
 
 KILL_AGAIN_SECONDS = 5.0
@@ -462,8 +462,3 @@ def vanished(runner: Runner, now: float) -> Runner:
 def finished(runner: Runner, reason: Reason | None, message: str | None, at: float) -> Runner:
     """The runner at its end. Nothing that is set here ever changes."""
     return replace(runner, phase=Phase.FINISHED, reason=reason, message=message, finished_at=at)
-
-
-def enforced_by(runner: Runner) -> Enforcement:
-    """What holds its limits; nothing, before the engine has accepted."""
-    return runner.handle.enforced_by if runner.handle else Enforcement()

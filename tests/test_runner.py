@@ -33,7 +33,6 @@ from app.runner import (
     call_failed,
     decide,
     ended,
-    enforced_by,
     finished,
     rejected,
     stop_asked,
@@ -531,11 +530,6 @@ def test_whether_to_ask_again_is_a_property_of_the_reason(reason: Reason) -> Non
 def test_nobody_can_say_yet_whether_to_ask_again_while_a_runner_lives_or_when_it_completed() -> None:
     assert running().retryable is None
     assert finished(running(), None, None, T).retryable is None
-
-
-def test_limits_are_held_by_nothing_before_the_engine_has_accepted() -> None:
-    assert enforced_by(starting()) == Enforcement()
-    assert enforced_by(yes()) == HANDLE.enforced_by
 
 
 # Whatever happens, in whatever order.

@@ -73,9 +73,10 @@ main() {
   [ -z "$timer" ] || kill -9 "-$timer"
   read -r how <"$dir/how"
   case $how in
-    *Done* | *Exit*) echo "exit $code" >"$dir/exit" ;;
-    *) echo "signal $((code - 128))" >"$dir/exit" ;;
+    *Done* | *Exit*) signal=0 ;;
+    *) signal=$((code - 128)) ;; # not above 0 where a full disk swallowed the trace: then it was an exit after all
   esac
+  if [ "$signal" -gt 0 ]; then echo "signal $signal" >"$dir/exit"; else echo "exit $code" >"$dir/exit"; fi
 }
 
 main "$@"
