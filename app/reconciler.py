@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import assert_never
+from typing import Literal, assert_never
 
 from pydantic import JsonValue
 
@@ -37,6 +37,7 @@ from app.runner import (
     adopted,
     call_failed,
     decide,
+    progressed,
     rejected,
     stop_sent,
 )
@@ -58,16 +59,29 @@ GRACE_SECONDS = 600.0
 BACKOFF_SECONDS = (0.2, 10.0)
 """The first and the longest pause before an engine that did not answer is asked again."""
 
+LOUD = 4
+"""At which failure in a row a runner of which its engine says nothing is worth a warning; an engine away has its own."""
+
 
 @dataclass(slots=True, eq=False)
 class _Engine:
     """A launcher in use, and when it last answered."""
 
     launcher: Launcher
-    watcher: asyncio.Task[None]
     opened_at: float
     answered_at: float | None = None
+    away: bool = False
+    loops: tuple[asyncio.Task[None], ...] = ()
     launches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(LAUNCHES))
+
+
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """Something of ours that an engine holds and no live record explains, and what becomes of it."""
+
+    found: Found
+    fate: Literal["adopt", "remove", "wait"]
+    why: str
 
 
 class Reconciler:
@@ -93,6 +107,7 @@ class Reconciler:
         self._queue = WorkQueue()
         self._engines: dict[str, _Engine] = {}
         self._failures: dict[str, int] = {}
+        self._opening = asyncio.Lock()
         self._swept = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._working: set[asyncio.Task[None]] = set()
@@ -106,7 +121,7 @@ class Reconciler:
         """
         for runner_id in await self._store.unclean():
             self._queue.add(runner_id)
-        loops = [self._forever(step) for step in (self._hand_out, self._resync, self._sweep)]
+        loops = [self._forever(step) for step in (self._hand_out, self._sweep)]
         self._tasks = [asyncio.create_task(loop, name=f"reconciler {number}") for number, loop in enumerate(loops)]
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._swept.wait(), START_SECONDS)
@@ -114,7 +129,7 @@ class Reconciler:
     async def aclose(self) -> None:
         """Stop working; runners live on."""
         self._queue.close()
-        tasks = [*self._tasks, *self._working, *(engine.watcher for engine in self._engines.values())]
+        tasks = [*self._tasks, *self._working, *(loop for engine in self._engines.values() for loop in engine.loops)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -130,9 +145,9 @@ class Reconciler:
         for runner_id in (await self._store.queued(pool_name))[:1]:
             self._queue.add(runner_id)
 
-    def launcher(self, engine: str) -> Launcher:
+    async def launcher(self, engine: str) -> Launcher:
         """Give the launcher of an engine, opened at first use. Raises LaunchRejected."""
-        return self._engine(engine).launcher
+        return (await self._engine(engine)).launcher
 
     def answered_at(self, engine: str) -> float | None:
         """Say when an engine last answered; None if it was not asked since the start."""
@@ -144,12 +159,16 @@ class Reconciler:
         limit = self._now() - STALE_SECONDS
         return {name: (engine.answered_at or engine.opened_at) >= limit for name, engine in self._engines.items()}
 
-    def _engine(self, name: str) -> _Engine:
-        if name not in self._engines:
-            launcher = self._open_launcher(name)
-            watcher = asyncio.create_task(self._forever(lambda: self._watch(launcher)), name=f"watch {name}")
-            self._engines[name] = _Engine(launcher, watcher, opened_at=self._now())
-        return self._engines[name]
+    async def _engine(self, name: str) -> _Engine:
+        async with self._opening:
+            if name not in self._engines:
+                launcher = await asyncio.to_thread(self._open_launcher, name)  # loads the engine's library
+                engine = self._engines[name] = _Engine(launcher, opened_at=self._now())
+                engine.loops = (
+                    asyncio.create_task(self._forever(lambda: self._watch(launcher)), name=f"watch {name}"),
+                    asyncio.create_task(self._forever(lambda: self._resync(name, engine)), name=f"resync {name}"),
+                )
+            return self._engines[name]
 
     def _changed(self, change: Change) -> None:
         self._queue.add(change.runner.runner_id)
@@ -183,7 +202,8 @@ class Reconciler:
             raise
         except (LauncherUnavailable, LaunchRejected) as error:
             pause = self._back_off(runner_id)
-            log.warning("%s: %s; asking again in %.1f s", runner_id, error, pause)
+            level = logging.WARNING if self._failures[runner_id] == LOUD else logging.DEBUG
+            log.log(level, "%s: %s; asking again in %.1f s", runner_id, error, pause)
             self._queue.add_after(runner_id, pause)
         except Exception:
             pause = self._back_off(runner_id)
@@ -201,65 +221,80 @@ class Reconciler:
         async for runner_id in launcher.watch():
             self._queue.add(runner_id)
 
-    async def _resync(self) -> None:
-        """Compare all that runs with what the engines say, one call for each engine."""
+    async def _resync(self, name: str, engine: _Engine) -> None:
+        """Compare all that runs on an engine with what it says, in one call."""
         await asyncio.sleep(RESYNC_SECONDS)
-        handles: dict[str, list[Handle]] = {}
-        phases: dict[str, Phase] = {}
-        for runner in await self._store.accepted():
-            handles.setdefault(runner.engine, []).append(runner.handle or Handle(runner_id=runner.runner_id))
-            phases[runner.runner_id] = runner.phase
-        for name in {*handles, *self._engines}:
-            try:
-                engine = self._engine(name)
-                seen = await engine.launcher.observe(handles.get(name, []))
-                await engine.launcher.ping()
-            except (LauncherUnavailable, LaunchRejected) as error:
-                log.warning("%s does not answer: %s", name, error)
-                continue
-            engine.answered_at = self._now()
-            for runner_id, observation in seen.items():
-                if isinstance(observation, Exited | Gone) or (
-                    isinstance(observation, Running) and phases[runner_id] is Phase.STARTING
-                ):
-                    self._queue.add(runner_id)
+        running = {runner.runner_id: runner for runner in await self._store.accepted() if runner.engine == name}
+        try:
+            seen = await engine.launcher.observe([_handle(runner) for runner in running.values()])
+            await engine.launcher.ping()
+        except LauncherUnavailable as error:
+            if not engine.away:
+                log.warning("%s does not answer, and %d runners wait for it: %s", name, len(running), error)
+            engine.away = True
+            return
+        if engine.away:
+            log.warning("%s answers again", name)
+        engine.away, engine.answered_at = False, self._now()
+        for runner_id, observation in seen.items():
+            begun = isinstance(observation, Running) and running[runner_id].phase is Phase.STARTING
+            if begun or isinstance(observation, Exited | Gone):
+                self._queue.add(runner_id)
 
     async def _sweep(self) -> None:
         """Find what engines hold of ours that is on no record, at start and from time to time."""
         configured = {pool.engine for pool in self._pools().values()}
-        for name in configured | set(self._engines):
-            try:
-                await self._sweep_engine(name)
-            except (LauncherUnavailable, LaunchRejected) as error:
-                log.warning("%s cannot be swept: %s", name, error)
+        await asyncio.gather(*[self._sweep_engine(name) for name in configured | set(self._engines)])
         self._swept.set()
         await asyncio.sleep(SWEEP_SECONDS)
 
     async def _sweep_engine(self, name: str) -> None:
-        launcher = self.launcher(name)
-        listed = await launcher.list()
-        known = await self._store.known([found.handle.runner_id for found in listed])
-        for found in listed:
-            if found.handle.runner_id not in known:
-                await self._settle_unknown(name, launcher, found)
-            elif known[found.handle.runner_id] and not await _gone(launcher, found.handle):
-                log.warning("%s: %s is done with, and is there again; removing it", name, found.handle.runner_id)
-                await launcher.remove(found.handle)
+        try:
+            await self._settle_strays(name)
+        except (LauncherUnavailable, LaunchRejected) as error:
+            log.warning("%s cannot be swept: %s", name, error)
 
-    async def _settle_unknown(self, engine: str, launcher: Launcher, found: Found) -> None:
-        """Adopt a live runner without a record, for a lost database must not kill an agent; remove an ended one later."""
-        runner_id = found.handle.runner_id
-        seen = (await launcher.observe([found.handle])).get(runner_id)
-        if isinstance(seen, Starting | Running):
-            try:
-                await self._store.adopt(adopted(found.labels, found.handle, engine, found.created_at), self._now())
-            except (KeyError, TypeError, ValueError, SlotBusy) as error:
-                log.error("%s: %s lives without a record and cannot be adopted: %r", engine, runner_id, error)  # noqa: TRY400
-            else:
-                log.warning("%s: %s lived without a record, and was adopted", engine, runner_id)
-        elif seen is not None and self._now() - found.created_at > GRACE_SECONDS:
-            log.warning("%s: %s ended without a record; removing what is left of it", engine, runner_id)
-            await launcher.remove(found.handle)
+    async def _settle_strays(self, name: str) -> None:
+        """Adopt a live runner without a record, for a lost database must not kill an agent; remove what ended, later."""
+        launcher = await self.launcher(name)
+        for stray in await self.strays(name):
+            found, runner_id = stray.found, stray.found.handle.runner_id
+            if stray.fate == "remove":
+                log.warning("%s: %s is %s; removing what is left of it", name, runner_id, stray.why)
+                await launcher.remove(found.handle)
+            elif stray.fate == "adopt":
+                try:
+                    await self._store.adopt(adopted(found.labels, found.handle, name, found.created_at), self._now())
+                except (KeyError, TypeError, ValueError, SlotBusy) as error:
+                    log.error("%s: %s lives without a record and cannot be adopted: %r", name, runner_id, error)  # noqa: TRY400
+                else:
+                    log.warning("%s: %s lived without a record, and was adopted", name, runner_id)
+
+    async def strays(self, name: str) -> list[Stray]:
+        """Say what an engine holds of ours that no live record explains, and what the sweep does with it. Changes nothing.
+
+        Raises LauncherUnavailable, LaunchRejected.
+        """
+        launcher = await self.launcher(name)
+        listed = await launcher.list()
+        cleaned = await self._store.known([found.handle.runner_id for found in listed])
+        strays = []
+        for found in listed:
+            runner_id = found.handle.runner_id
+            if cleaned.get(runner_id) is False:
+                continue
+            match (await launcher.observe([found.handle])).get(runner_id):
+                case Gone() | None:
+                    pass
+                case _ if runner_id in cleaned:
+                    strays.append(Stray(found, "remove", "done with, and there again"))
+                case Exited() if self._now() - found.created_at > GRACE_SECONDS:
+                    strays.append(Stray(found, "remove", "ended, and on no record"))
+                case Exited():
+                    strays.append(Stray(found, "wait", "ended, and on no record yet"))
+                case Starting() | Running():
+                    strays.append(Stray(found, "adopt", "alive, and on no record"))
+        return strays
 
     # One runner.
 
@@ -284,15 +319,15 @@ class Reconciler:
                     seen = await self._look(runner)
                 case Become(runner=changed, event=event, discard=discard):
                     if discard:
-                        await self.launcher(runner.engine).remove(_handle(runner))
+                        await (await self.launcher(runner.engine)).remove(_handle(runner))
                     runner = await self._write(runner, changed, event)
                 case Launch():
                     runner = await self._launch(runner, watch)
                 case Order(grace=grace):
-                    await self.launcher(runner.engine).stop(_handle(runner), grace)
+                    await (await self.launcher(runner.engine)).stop(_handle(runner), grace)
                     if grace <= 0:
                         return KILL_AGAIN_SECONDS
-                    runner = await self._write(runner, stop_sent(runner), "stop_sent")
+                    runner = await self._write(runner, stop_sent(runner, self._now()), "stop_sent")
                 case Admit():
                     if not await self._admit(runner):
                         return runner.launch_deadline - self._now()
@@ -311,7 +346,7 @@ class Reconciler:
 
     async def _look(self, runner: Runner) -> Observation:
         """Ask the engine. Raises LauncherUnavailable also where it cannot say anything of this runner now."""
-        engine = self._engine(runner.engine)
+        engine = await self._engine(runner.engine)
         seen = await engine.launcher.observe([_handle(runner)])
         engine.answered_at = self._now()
         if runner.runner_id not in seen:
@@ -319,55 +354,69 @@ class Reconciler:
         return seen[runner.runner_id]
 
     async def _launch(self, runner: Runner, watch: Watch) -> Runner | None:
+        latest: Runner | None = runner
         try:
-            engine = self._engine_for_launch(runner)
+            engine = await self._engine_for_launch(runner)
             spec = await self._store.spec(runner.runner_id)
             if spec is None:
                 raise RuntimeError(f"the specification of {runner.runner_id} is gone")
-            handle = await self._unless_stopped(runner, watch, _launch_in_turn(engine, runner.runner_id, spec))
+            told: asyncio.Queue[str] = asyncio.Queue()
+            call = asyncio.create_task(_launch_in_turn(engine, runner.runner_id, spec, told.put_nowait))
+            latest = await self._until_answered(runner, watch, call, told)
+            if latest is None or call.cancelled():
+                return None
+            handle = call.result()
         except LaunchRejected as error:
+            runner = latest or runner
             return await self._write(runner, rejected(runner, error.reason, str(error), self._now()), "rejected")
         except LauncherUnavailable as error:
-            return await self._launch_failed(runner, error)
-        if handle is None:
-            return None
+            return await self._launch_failed(latest or runner, error)
         engine.answered_at = self._now()
-        return await self._write(runner, accepted(runner, handle, self._now()), "started")
+        return await self._write(latest, accepted(latest, handle, self._now()), "started")
 
-    def _engine_for_launch(self, runner: Runner) -> _Engine:
+    async def _engine_for_launch(self, runner: Runner) -> _Engine:
         """Open an engine. Failing to is the launch's end only if no service before this one can have launched it."""
         try:
-            return self._engine(runner.engine)
+            return await self._engine(runner.engine)
         except LaunchRejected as error:
             if runner.created_at < self._since and not runner.untouched:
                 raise LauncherUnavailable(f"{runner.engine} cannot be opened: {error}") from error
             raise
 
-    async def _unless_stopped(self, runner: Runner, watch: Watch, launching: Coroutine[None, None, Handle]) -> Handle | None:
-        """Wait for a launch; None if it was called off because a stop was asked for or its time is up.
+    async def _until_answered(
+        self, runner: Runner, watch: Watch, call: asyncio.Task[Handle], told: asyncio.Queue[str]
+    ) -> Runner | None:
+        """Wait for a launch, writing down what it tells of itself; gives the runner as it then is.
 
-        A launch that is begun after its time is there to find what exists, and gets the whole time for that.
+        The call is cancelled when a stop was asked for or its time is up. A launch that is begun after its time is there
+        to find what exists, and gets the whole time for that.
         """
-        call = asyncio.create_task(launching)
-        news = asyncio.create_task(_changed_since(watch, runner.revision))
+        left = runner.launch_deadline - self._now()
+        deadline = self._now() + (left if left > 0 else runner.policy.launch_timeout_seconds)
+        latest: Runner | None = runner
         try:
-            left = runner.launch_deadline - self._now()
-            patience = left if left > 0 else runner.policy.launch_timeout_seconds
-            await asyncio.wait({call, news}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-            if call.done():
-                return call.result()
+            while latest and not call.done() and self._now() < deadline:
+                news = asyncio.create_task(_changed_since(watch, latest.revision))
+                telling = asyncio.create_task(told.get())
+                try:
+                    waited = {call, news, telling}
+                    left = deadline - self._now()
+                    await asyncio.wait(waited, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                    if call.done() or news.done() or not telling.done():
+                        break
+                    latest = await self._write(latest, progressed(latest, telling.result()), "progress")
+                finally:
+                    news.cancel()
+                    telling.cancel()
         finally:
-            for task in (call, news):
-                task.cancel()
-            await asyncio.wait({call, news})
-        with contextlib.suppress(asyncio.CancelledError):
-            return call.result()
-        return None
+            call.cancel()
+            await asyncio.wait({call})
+        return latest
 
     async def _launch_failed(self, runner: Runner, error: LauncherUnavailable) -> Runner | None:
         longest = min(BACKOFF_SECONDS[1], runner.policy.retry_base_seconds * 2 ** min(len(runner.attempts), 30))
         delay = error.retry_after or random.uniform(0, longest)  # noqa: S311 - full jitter
-        failed = call_failed(runner, str(error), acted=error.acted, delay=delay, now=self._now())
+        failed = call_failed(runner, str(error), acted=error.acted, delay=delay, now=self._now(), reason=error.reason)
         return await self._write(runner, failed, "attempt_failed", attempt=asdict(failed.attempts[-1]))
 
     async def _admit(self, runner: Runner) -> bool:
@@ -385,20 +434,16 @@ class Reconciler:
         """Make the log safe, free what the engine holds, wipe the secrets."""
         if not runner.untouched or runner.accepted:
             with contextlib.suppress(LaunchRejected):  # no launcher, so nothing was ever launched
-                launcher = self.launcher(runner.engine)
+                launcher = await self.launcher(runner.engine)
                 if runner.accepted:
                     await self._spool.keep(launcher, _handle(runner))
                 await launcher.remove(_handle(runner))
         await self._store.forget_spec(runner.runner_id)
 
 
-async def _gone(launcher: Launcher, handle: Handle) -> bool:
-    return isinstance((await launcher.observe([handle])).get(handle.runner_id), Gone)
-
-
-async def _launch_in_turn(engine: _Engine, runner_id: str, spec: LaunchSpec) -> Handle:
+async def _launch_in_turn(engine: _Engine, runner_id: str, spec: LaunchSpec, progress: Callable[[str], None]) -> Handle:
     async with engine.launches:
-        return await engine.launcher.launch(runner_id, spec)
+        return await engine.launcher.launch(runner_id, spec, progress=progress)
 
 
 async def _changed_since(watch: Watch, revision: int) -> None:

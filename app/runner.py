@@ -61,7 +61,10 @@ class Policy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """A launch call that did not get the engine's yes. ``acted``: the engine may have acted all the same."""
+    """A launch call that did not get the engine's yes. ``acted``: the engine may have acted all the same.
+
+    ``reason`` is why the launch has failed if this was its last attempt.
+    """
 
     number: int
     at: float
@@ -69,6 +72,7 @@ class Attempt:
     retryable: bool
     delay_seconds: float | None = None
     acted: bool = True
+    reason: Reason = Reason.ENGINE_UNAVAILABLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,9 +269,9 @@ def _reason_to_give_up(runner: Runner, now: float) -> tuple[Reason, str] | None:
     told = "; ".join(f"attempt {attempt.number}: {attempt.error}" for attempt in runner.attempts)
     if now >= runner.launch_deadline:
         text = f"{runner.engine}: not started within {runner.policy.launch_timeout_seconds:g} s"
-        return Reason.LAUNCH_TIMEOUT, f"{text}; {told}" if told else text
+        return Reason.LAUNCH_TIMEOUT, "; ".join(filter(None, (text, runner.message, told)))
     if len(runner.attempts) >= runner.policy.retry_attempts and runner.calls == len(runner.attempts):
-        return Reason.ENGINE_UNAVAILABLE, f"{runner.engine}: {told}"
+        return runner.attempts[-1].reason, f"{runner.engine}: {told}"
     return None
 
 
@@ -289,9 +293,12 @@ def _live(runner: Runner, seen: Observation | None, now: float, since: float) ->
 
 
 def _stopping(stop: Stop, now: float) -> Action:
-    if now >= stop.kill_at:
+    """Ask first, then kill. An order that could not be given in time is still given politely."""
+    if stop.grace_seconds <= 0 or (stop.sent and now >= stop.kill_at):
         return Order(0)
-    return Wait(stop.kill_at) if stop.sent else Order(stop.kill_at - now)
+    if stop.sent:
+        return Wait(stop.kill_at)
+    return Order(stop.kill_at - now if now < stop.kill_at else stop.grace_seconds)
 
 
 def _overdue(runner: Runner, seen: Starting | Running, now: float, since: float) -> Action:
@@ -375,11 +382,21 @@ def admitted(runner: Runner, now: float) -> Runner:
     return replace(runner, phase=Phase.STARTING, launch_deadline=deadline, calls=1)
 
 
-def call_failed(runner: Runner, error: str, *, acted: bool, delay: float, now: float) -> Runner:
+def call_failed(
+    runner: Runner, error: str, *, acted: bool, delay: float, now: float, reason: Reason = Reason.ENGINE_UNAVAILABLE
+) -> Runner:
     """The runner after a launch call that the engine did not answer with a yes or a no."""
     number = len(runner.attempts) + 1
     last = number >= runner.policy.retry_attempts
-    attempt = Attempt(number=number, at=now, error=error, retryable=True, delay_seconds=None if last else delay, acted=acted)
+    attempt = Attempt(
+        number=number,
+        at=now,
+        error=error,
+        retryable=True,
+        delay_seconds=None if last else delay,
+        acted=acted,
+        reason=reason,
+    )
     return replace(runner, attempts=(*runner.attempts, attempt), next_attempt_at=now + delay)
 
 
@@ -393,7 +410,7 @@ def rejected(runner: Runner, reason: Reason, error: str, now: float) -> Runner:
 def accepted(runner: Runner, handle: Handle, now: float) -> Runner:
     """The runner after the engine's yes. A stop asked for meanwhile starts now."""
     phase = Phase.STOPPING if runner.stop else Phase.STARTING
-    return replace(runner, phase=phase, handle=handle, started_at=now, observed_at=now)
+    return replace(runner, phase=phase, handle=handle, started_at=now, observed_at=now, message=None)
 
 
 def stop_asked(runner: Runner, message: str, grace: float, now: float) -> Runner:
@@ -401,18 +418,29 @@ def stop_asked(runner: Runner, message: str, grace: float, now: float) -> Runner
     if runner.phase is Phase.FINISHED:
         return runner
     if runner.stop:
-        if now + grace >= runner.stop.kill_at:
+        late = not runner.stop.sent and now >= runner.stop.kill_at
+        if now + grace >= (now + runner.stop.grace_seconds if late else runner.stop.kill_at):
             return runner
-        return replace(runner, stop=replace(runner.stop, grace_seconds=max(0.0, now + grace - runner.stop.at), sent=False))
+        shorter = 0.0 if grace <= 0 else now + grace - runner.stop.at
+        return replace(runner, stop=replace(runner.stop, grace_seconds=shorter, sent=False))
     stop = Stop(reason=Reason.CANCELLED, message=message, at=now, grace_seconds=grace)
     if runner.phase is Phase.QUEUED:
         return finished(runner, stop.reason, stop.message, now)
     return replace(runner, stop=stop, phase=Phase.STOPPING if runner.accepted else runner.phase)
 
 
-def stop_sent(runner: Runner) -> Runner:
-    """The runner after the engine took the order to end it."""
-    return replace(runner, stop=replace(runner.stop, sent=True)) if runner.stop else runner
+def stop_sent(runner: Runner, now: float) -> Runner:
+    """The runner after the engine took the order to end it; the patience of one given late counts from here."""
+    stop = runner.stop
+    if stop is None:
+        return runner
+    late = max(0.0, now - stop.at) if now >= stop.kill_at else 0.0
+    return replace(runner, stop=replace(stop, sent=True, grace_seconds=stop.grace_seconds + late))
+
+
+def progressed(runner: Runner, text: str) -> Runner:
+    """The runner while its launch takes time, with what it is at."""
+    return replace(runner, message=text)
 
 
 def ended(runner: Runner, end: Exit, now: float) -> Runner:

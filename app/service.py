@@ -24,7 +24,7 @@ from app.reason import Reason
 from app.reconciler import Reconciler
 from app.runner import Phase, Runner, finished, identity, stop_asked
 from app.settings import Settings
-from app.slots import real_place
+from app.slots import named_place, real_place
 from app.store import Filter, Intent, Store
 
 
@@ -110,10 +110,11 @@ class RunnerService:
         return Launched(await self._launched(runner, wait), replayed)
 
     async def _place(self, slot: Slot, pool: Pool) -> str | None:
-        """Find where a slot really is, for pools whose runners work there."""
-        if not pool.enters_slot:
+        """Find where a slot really is, for pools whose runners work there; on another machine nobody can follow links."""
+        if not pool.works_in_slot:
             return None
-        return await asyncio.to_thread(real_place, slot.slot_path, self._settings.slot_roots)
+        find = real_place if pool.enters_slot else named_place
+        return await asyncio.to_thread(find, slot.slot_path, self._settings.slot_roots)
 
     def _prepare(self, request: LaunchRequest, pool: Pool, place: str | None, traceparent: str) -> tuple[Runner, LaunchSpec]:
         """Make a runner of a request, as it starts if there is room, and how to launch it."""
@@ -136,7 +137,7 @@ class RunnerService:
             task_id=request.task.id,
             pool_name=pool.name,
             slot_id=request.slot.slot_id,
-            slot_place=None if place is None else f"{self._settings.node}:{place}",
+            slot_place=place and f"{self._settings.node if pool.enters_slot else pool.engine}:{place}",
             engine=pool.engine,
             phase=Phase.STARTING,
             calls=1,
@@ -218,7 +219,7 @@ class RunnerService:
                 runner = (await watch.change()).runner
             if not runner.accepted:
                 return
-            launcher = self._reconciler.launcher(runner.engine)
+            launcher = await self._reconciler.launcher(runner.engine)
             handle = runner.handle or Handle(runner_id=runner.runner_id)
 
             def more() -> bool:

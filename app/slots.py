@@ -4,6 +4,7 @@ A path in a request names a directory of this machine, so it is checked against 
 link in it is followed; what is entered later is the real path, not the one that was given. Blocks.
 """
 
+import posixpath
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,16 @@ def real_place(slot_path: str, roots: Sequence[Path]) -> str:
         leads = f", which leads to {real}," if str(real) != slot_path else ""
         raise _refused(f"{slot_path}{leads} is not under any of the slot roots", "slot-outside-roots")
     return str(real)
+
+
+def named_place(slot_path: str, roots: Sequence[Path]) -> str:
+    """Give the path of a slot on a machine that cannot be looked at. Raises InvalidRequest unless it is under a root."""
+    named = posixpath.normpath(slot_path)
+    if not roots:
+        raise _refused("no slot may be mounted: RUNNER_LAUNCHER_SLOT_ROOTS is empty", "slot-outside-roots")
+    if not any(Path(named).is_relative_to(posixpath.normpath(root)) for root in roots):
+        raise _refused(f"{slot_path} is not under any of the slot roots", "slot-outside-roots")
+    return named
 
 
 def _refused(detail: str, code: str) -> InvalidRequest:

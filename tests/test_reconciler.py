@@ -21,7 +21,7 @@ from typing import Any, TypeVar, TypeVarTuple
 import pytest
 from typing_extensions import override
 
-from app.errors import LauncherUnavailable, LaunchRejected, PoolFull, SlotBusy
+from app.errors import LauncherError, LauncherUnavailable, LaunchRejected, PoolFull, SlotBusy
 from app.events import Change, Feed
 from app.launcher import Exit, Handle, LaunchSpec, Running
 from app.launchers.fake import FakeLauncher, FakeWorld
@@ -877,6 +877,47 @@ async def test_a_runner_that_never_gets_going_is_ended_with_what_held_it_up(hous
 
 
 @simulated
+async def test_what_a_long_launch_is_at_is_told_and_does_not_call_it_off(house: House) -> None:
+    house.world.progress = ["pulling busybox", "pulling busybox: 3 of 9 MiB"]
+    gate = house.world.hang_launches()
+    name = await house.launch()
+    pending = await house.get(name)
+    assert (pending.state, pending.message) == (State.PENDING, "pulling busybox: 3 of 9 MiB")
+    gate.set()
+    await house.settle()
+    runner = await house.get(name)
+    assert (runner.state, runner.message) == (State.RUNNING, None)
+    told = [event.message for event in await house.store.history(name) if event.type == "progress"]
+    assert told == house.world.progress
+    assert house.world.copies[name] == 1
+    assert [call for call in house.world.calls if call == ("launch", name)] == [("launch", name)]
+
+
+@pytest.mark.parametrize("error", [LaunchRejected("no such image"), LauncherUnavailable("gone", acted=False)])
+@simulated
+async def test_a_launch_that_fails_after_it_told_what_it_was_at_fails_as_any_other(
+    house: House, *, error: LauncherError
+) -> None:
+    house.world.progress = ["pulling busybox"]
+    house.world.fail_launches(error, 3, acts=False)
+    name = await house.launch()
+    await house.advance(60)
+    runner = await house.get(name)
+    assert runner.phase is Phase.FINISHED
+    assert str(error) in str(runner.message)
+
+
+@simulated
+async def test_a_stop_calls_off_a_launch_that_is_telling_what_it_is_at(house: House) -> None:
+    house.world.progress = ["pulling busybox"]
+    house.world.hang_launches()
+    name = await house.launch()
+    await house.stop(name)
+    assert (await house.get(name)).reason is Reason.CANCELLED
+    assert house.world.copies[name] == 0
+
+
+@simulated
 async def test_a_runner_that_starts_slowly_has_no_launch_deadline_once_it_runs(house: House) -> None:
     name = await house.launch("starting=pulling", "after=20", "running", "after=500", "exit=0", launch_timeout_seconds=30)
     await house.advance(20)
@@ -1267,6 +1308,8 @@ async def test_what_ended_without_a_record_is_removed_after_a_grace_and_nobody_e
     spec = LaunchSpec(command=("fake", "exit=0"), environment={}, context=b"{}", labels={})
     house.world.start("fake", "runner-nobodys", spec)
     house.world.start("another installation", "runner-theirs", spec)
+    strays = await house.reconciler.strays("local-process")
+    assert [(stray.found.handle.runner_id, stray.fate) for stray in strays] == [("runner-nobodys", "wait")]
     await house.advance(2 * SWEEP_SECONDS - 1)
     assert set(house.world.runners) == {"runner-nobodys", "runner-theirs"}
     await house.advance(2 * SWEEP_SECONDS)

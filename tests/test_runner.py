@@ -34,6 +34,7 @@ from app.runner import (
     decide,
     ended,
     finished,
+    progressed,
     rejected,
     stop_asked,
     stop_sent,
@@ -445,8 +446,37 @@ def test_a_stop_is_asked_of_every_phase_in_its_own_way() -> None:
     assert stop_asked(end, "why", 5, T + 3) is end
 
 
+def test_an_order_that_comes_late_is_still_polite_first() -> None:
+    runner = stopping()
+    assert told(decide(runner, Running(), T + 500, T)) == "order 10"
+    sent = stop_sent(runner, T + 500)
+    assert told(decide(sent, Running(), T + 509, T)) == "wait 510"
+    assert told(decide(sent, Running(), T + 510, T)) == "order 0"
+    hurried = stop_asked(runner, "now", 0, T + 500)
+    assert told(decide(hurried, Running(), T + 501, T)) == "order 0"
+
+
+def test_a_launch_that_is_out_of_tries_bears_the_reason_of_the_last() -> None:
+    runner = starting()
+    for reason in (Reason.ENGINE_UNAVAILABLE, Reason.ENGINE_UNAVAILABLE, Reason.IMAGE_PULL_FAILED):
+        runner = call_failed(
+            call_begun(runner) if runner.attempts else runner, "no", acted=False, delay=1, now=T, reason=reason
+        )
+    action = decide(runner, None, T + 5, T)
+    assert isinstance(action, Become)
+    assert action.runner.reason is Reason.IMAGE_PULL_FAILED
+
+
+def test_a_launch_that_took_too_long_says_what_it_was_at() -> None:
+    runner = progressed(starting(), "pulling busybox: 3 of 9 MiB")
+    action = decide(runner, Gone(), runner.launch_deadline + 1, T)
+    assert isinstance(action, Become)
+    assert action.runner.reason is Reason.LAUNCH_TIMEOUT
+    assert "pulling busybox: 3 of 9 MiB" in str(action.runner.message)
+
+
 def test_asking_to_stop_again_only_ever_shortens_the_patience() -> None:
-    runner = stop_sent(stopping())
+    runner = stop_sent(stopping(), T + 50)
     assert stop_asked(runner, "again", 10, T + 55) is runner
     assert stop_asked(runner, "again", 5, T + 55) is runner
     sooner = stop_asked(runner, "again", 2, T + 55).stop
@@ -659,7 +689,7 @@ def take_step(life: Life, data: st.DataObject) -> None:
         case Admit():
             life.become(admitted(runner, life.now))
         case Order(grace=grace) if grace > 0:
-            life.become(stop_sent(runner))
+            life.become(stop_sent(runner, life.now))
         case CleanUp():
             life.runner = replace(runner, cleaned=True)
         case Launch():

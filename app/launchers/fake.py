@@ -65,7 +65,7 @@ class FakeWorld:
     """The fake's engine, and a test's way to meddle with it behind the port.
 
     ``calls`` are the port's methods called, in order, with their runner; ``copies`` counts how often a runner was really
-    started; ``silent`` are runners of which the engine says nothing now.
+    started; ``silent`` are runners of which the engine says nothing now; ``progress`` is what every launch tells of itself.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
@@ -73,6 +73,7 @@ class FakeWorld:
         self.calls: list[tuple[str, str | None]] = []
         self.copies: Counter[str] = Counter()
         self.silent: set[str] = set()
+        self.progress: list[str] = []
         self.runners: dict[str, _FakeRunner] = {}
         self.removals: Counter[str] = Counter()
         self.troubles: deque[tuple[_Trouble, bool]] = deque()
@@ -235,11 +236,14 @@ class FakeLauncher:
         self._installation = installation
         self._closed = False
 
-    async def launch(self, runner_id: str, spec: LaunchSpec) -> Handle:
+    async def launch(self, runner_id: str, spec: LaunchSpec, *, progress: Callable[[str], None] | None = None) -> Handle:
         world = self._world
         removals = world.removals[runner_id]
         trouble, acts = world.troubles.popleft() if world.troubles else (None, False)
         await world.asked("launch", runner_id)
+        if progress:
+            for text in world.progress:
+                progress(text)
         if not acts:
             await _befall(trouble)
         if world.removals[runner_id] != removals:
