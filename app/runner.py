@@ -247,11 +247,12 @@ def _queued(runner: Runner, now: float) -> Action:
 
 def _launching(runner: Runner, seen: Observation | None, now: float) -> Action:
     """Before the engine has said yes: try, try again, or give up, but only once it is known that nothing was started."""
-    if isinstance(seen, Starting | Running | Exited):  # it exists after all: launching again finds it
-        return Launch() if now >= runner.next_attempt_at else Wait(runner.next_attempt_at)
     giving_up = _reason_to_give_up(runner, now)
+    unwanted = isinstance(seen, Starting) and (runner.stop or now >= runner.launch_deadline)
+    if isinstance(seen, Starting | Running | Exited) and not unwanted:  # it exists after all: launching again finds it
+        return Launch() if now >= runner.next_attempt_at else Wait(runner.next_attempt_at)
     if giving_up:
-        if runner.untouched or isinstance(seen, Gone):
+        if runner.untouched or unwanted or isinstance(seen, Gone):
             return Become(finished(runner, *giving_up, now), "finished", discard=not runner.untouched)
         return Look()
     if runner.calls > len(runner.attempts):

@@ -137,10 +137,14 @@ def test_a_queued_runner_takes_a_place_until_its_patience_ends(runner: Runner, n
     ids=["first call", "stop asked", "once unknown", "exhausted", "second call under way"],
 )
 @pytest.mark.parametrize("now", [T + 2, T + 1000])
-def test_what_exists_already_is_found_by_launching_again_whatever_else_holds(
+def test_what_exists_already_is_found_by_launching_again_unless_it_has_not_begun_and_nobody_wants_it_any_more(
     runner: Runner, seen: Observation, now: float
 ) -> None:
-    assert told(decide(runner, seen, now, T)) == "launch"
+    step = told(decide(runner, seen, now, T))
+    if isinstance(seen, Starting) and (runner.stop or now > runner.launch_deadline):
+        assert step in ("finished finished cancelled discard", "finished finished launch_timeout discard")
+    else:
+        assert step == "launch"
 
 
 @pytest.mark.parametrize(
@@ -615,7 +619,7 @@ def check_step(runner: Runner, seen: Observation | None, action: Action, now: fl
             assert ORDER.index(changed.phase) >= ORDER.index(runner.phase)
             assert changed.phase is not Phase.FINISHED or not runner.accepted or isinstance(seen, Exited | Gone)
             if changed.phase is Phase.FINISHED and not runner.accepted:
-                assert runner.untouched or isinstance(seen, Gone)
+                assert runner.untouched or isinstance(seen, Gone | Starting)
                 assert discard is not runner.untouched
         case _:
             assert_never(action)
