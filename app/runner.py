@@ -147,7 +147,10 @@ class Runner:
     @property
     def retryable(self) -> bool | None:
         """Whether the same launch may succeed if asked for again; None while it lives or when it completed."""
-        return None if self.reason is None else self.reason.retryable
+        if self.reason is None:
+            return None
+        said_no = bool(self.attempts) and not self.attempts[-1].retryable
+        return self.reason.retryable and not said_no
 
     @property
     def run_deadline(self) -> float | None:

@@ -43,13 +43,10 @@ STATUS: dict[type[RequestRefused], HTTPStatus] = {
     Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 LAUNCH_STATUS = {
-    Reason.ENGINE_UNAVAILABLE: HTTPStatus.SERVICE_UNAVAILABLE,
-    Reason.LAUNCH_TIMEOUT: HTTPStatus.SERVICE_UNAVAILABLE,
-    Reason.QUEUE_TIMEOUT: HTTPStatus.SERVICE_UNAVAILABLE,
     Reason.CANCELLED: HTTPStatus.CONFLICT,
     Reason.LOST: HTTPStatus.CONFLICT,
 }
-"""What a launch that failed for a reason answers; a reason that is not here was in the request: 422."""
+"""What a launch that failed for a reason answers; else 503 if it may work later, and 422 if it never will."""
 
 PLAIN_CODES = {HTTPStatus.BAD_REQUEST: "unparsable", HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "too-large"}
 """What the framework's refusals are called; others by their phrase, which must not change with the Python version."""
@@ -92,12 +89,13 @@ def answer(request: Request, error: RequestRefused) -> Response:
 def _launch_failed(request: Request, error: RunnerLaunchError) -> Response:
     runner = record(request, error.runner)
     reason = error.runner.reason or Reason.LAUNCH_REJECTED
-    status = LAUNCH_STATUS.get(reason, HTTPStatus.UNPROCESSABLE_ENTITY)
+    retryable = bool(error.runner.retryable)
+    status = LAUNCH_STATUS.get(reason) or (HTTPStatus.SERVICE_UNAVAILABLE if retryable else HTTPStatus.UNPROCESSABLE_ENTITY)
     headers = {"Location": runner.links.self}
     if status is HTTPStatus.SERVICE_UNAVAILABLE:
         headers["Retry-After"] = _retry_after(None)
     code = "launch-rejected" if status is HTTPStatus.UNPROCESSABLE_ENTITY else reason.replace("_", "-")
-    return _problem(request, status, code, str(error), retryable=reason.retryable, runner=runner, headers=headers)
+    return _problem(request, status, code, str(error), retryable=retryable, runner=runner, headers=headers)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
