@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo serve check test crash openapi lock clean
+.PHONY: help demo serve check test crash faults openapi lock clean
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
@@ -35,6 +35,9 @@ test: .venv/ready ## all tests; what this machine lacks is skipped with a reason
 
 crash: .venv/ready ## kill the service ROUNDS times with launches in flight, and see that nothing is lost
 	$(BIN)/python tests/crash/crash.py --rounds $(or $(ROUNDS),20) --kind $(or $(KIND),local-process) $(CRASH_ARGS)
+
+faults: .venv/ready ## the faults of engines that take minutes to show, on real engines
+	$(BIN)/python -m pytest -m slow --timeout 900 $(PYTEST_ARGS)
 
 openapi: .venv/ready ## write openapi/ anew from the app
 	$(BIN)/runner-launcher openapi > openapi/runner-launcher.yaml

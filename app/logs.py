@@ -190,9 +190,17 @@ class Spool:
                     async for _, data in log.chunks(start, follow=follow):
                         yield data
                     return
-        with contextlib.suppress(RunnerGone):
+        given = 0
+        try:
             async for line in _lines(launcher, handle, tail, follow=follow is not None):
+                given += len(line.text) + 1
                 yield line.text + b"\n"
+        except RunnerGone:  # its engine was told to forget it, when its log was safe
+            kept = self.file(handle.runner_id)
+            if await asyncio.to_thread(kept.path.exists) and (tail is None or not given):
+                start = given if tail is None else await asyncio.to_thread(kept.tail, tail)
+                async for _, data in kept.chunks(start):
+                    yield data
 
 
 async def _lines(launcher: Launcher, handle: Handle, tail: int | None, *, follow: bool) -> AsyncIterator[LogLine]:

@@ -21,7 +21,7 @@ from app.logs import Spool
 from app.pools import load_pools
 from app.reconciler import Reconciler
 from app.service import RunnerService
-from app.settings import Settings
+from app.settings import Settings, installation
 from app.store import Store
 
 
@@ -36,7 +36,6 @@ def create_app(
 
     Its lifespan raises ConfigurationError when something it is told to use cannot be used.
     """
-    launchers = launchers or functools.partial(open_launcher, state_dir=settings.state_dir)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -44,6 +43,7 @@ def create_app(
             if settings.tokens_file:
                 raise ConfigurationError("RUNNER_LAUNCHER_TOKENS_FILE: token files are not read by this version yet")
             _take_state_dir(settings, stack)
+            ours = functools.partial(open_launcher, state_dir=settings.state_dir, installation=installation(settings))
             feed = Feed()
             spool = Spool(settings.state_dir / "logs")
             configured = load_pools(settings.pools_file)
@@ -52,7 +52,7 @@ def create_app(
             await store.open()
             service: RunnerService
             reconciler = Reconciler(
-                store, feed, spool, open_launcher=launchers, pools=lambda: service.pools.by_name, now=now
+                store, feed, spool, open_launcher=launchers or ours, pools=lambda: service.pools.by_name, now=now
             )
             service = RunnerService(settings, store, feed, spool, reconciler, pools=configured, now=now)
             service.url = settings.public_url or url or f"http://{settings.listen}"

@@ -254,6 +254,13 @@ class DockerConfig(PoolConfig):
     docker_host: Annotated[str, Field(pattern=r"^(unix|tcp|http|https)://[!-~]+$")] = DOCKER_HOST
     slot_path_map: dict[AbsolutePath, AbsolutePath] = Field(default_factory=dict)
 
+    @field_validator("docker_host")
+    @classmethod
+    def _owner_known(cls, host: str, info: ValidationInfo) -> str:
+        if info.data.get("user") is None and info.data.get("mount_repo_pool") and not host.startswith("unix://"):
+            raise ValueError("is another machine, where it cannot be seen who owns a slot; user is needed (or user: image)")
+        return host
+
 
 class KubernetesConfig(PoolConfig):
     """A Job with one pod. `job_template` is the parsed file. The last two keys are the old system's, and set aside."""

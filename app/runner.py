@@ -251,7 +251,8 @@ def _queued(runner: Runner, now: float) -> Action:
 def _launching(runner: Runner, seen: Observation | None, now: float) -> Action:
     """Before the engine has said yes: try, try again, or give up, but only once it is known that nothing was started."""
     giving_up = _reason_to_give_up(runner, now)
-    unwanted = isinstance(seen, Starting) and (runner.stop or now >= runner.launch_deadline)
+    hopeless = giving_up and len(runner.attempts) > runner.policy.retry_attempts  # finding it was tried too
+    unwanted = isinstance(seen, Starting) and (runner.stop or now >= runner.launch_deadline or hopeless)
     if isinstance(seen, Starting | Running | Exited) and not unwanted:  # it exists after all: launching again finds it
         return Launch() if now >= runner.next_attempt_at else Wait(runner.next_attempt_at)
     if giving_up:
@@ -274,7 +275,7 @@ def _reason_to_give_up(runner: Runner, now: float) -> tuple[Reason, str] | None:
     if now >= runner.launch_deadline:
         text = f"{runner.engine}: not started within {runner.policy.launch_timeout_seconds:g} s"
         return Reason.LAUNCH_TIMEOUT, "; ".join(filter(None, (text, runner.message, told)))
-    if len(runner.attempts) >= runner.policy.retry_attempts and runner.calls == len(runner.attempts):
+    if len(runner.attempts) >= runner.policy.retry_attempts and runner.calls <= len(runner.attempts):
         return runner.attempts[-1].reason, f"{runner.engine}: {told}"
     return None
 

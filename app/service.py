@@ -9,12 +9,22 @@ import hmac
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from app.context import inherited, launch_spec
-from app.errors import Fault, InvalidRequest, NotAuthenticated, NotFound, RunnerEnded, RunnerLaunchError, Unavailable
+from app.errors import (
+    Fault,
+    InvalidRequest,
+    LauncherUnavailable,
+    NotAuthenticated,
+    NotFound,
+    RunnerEnded,
+    RunnerLaunchError,
+    Unavailable,
+)
 from app.events import Event, Feed, Watch
 from app.launcher import Handle, LaunchSpec
 from app.logs import Spool
@@ -208,11 +218,18 @@ class RunnerService:
         return self._reconciler.engines()
 
     async def logs(self, runner_id: str, *, tail: int | None, follow: bool) -> AsyncIterator[bytes]:
-        """Give a runner's output, while it runs and after its end; ``follow`` goes on until its end. Raises NotFound."""
-        runner = await self._store.get(runner_id)
-        return self._output(runner, tail, follow=follow)
+        """Give a runner's output, while it runs and after its end; ``follow`` goes on until its end.
 
-    async def _output(self, runner: Runner, tail: int | None, *, follow: bool) -> AsyncIterator[bytes]:
+        Raises NotFound, and Unavailable when its engine does not answer; a log that has begun ends with a line that says so.
+        """
+        runner = await self._store.get(runner_id)
+        output = self._output(runner, tail, follow=follow)
+        if follow:
+            return output
+        first = await anext(output, None)  # so that an engine that is away refuses the request, and does not break an answer
+        return _behind(first, output)
+
+    async def _output(self, runner: Runner, tail: int | None, *, follow: bool) -> AsyncGenerator[bytes]:
         with self._feed.watching(runner.runner_id) as watch:
             runner = await self._store.get(runner.runner_id)
             while follow and not runner.accepted and runner.phase is not Phase.FINISHED:
@@ -227,8 +244,15 @@ class RunnerService:
                 return not ended and not self.draining.is_set()
 
             live = follow and runner.phase is not Phase.FINISHED
-            async for data in self._spool.output(launcher, handle, tail=tail, follow=more if live else None):
-                yield data
+            begun = follow
+            try:
+                async for data in self._spool.output(launcher, handle, tail=tail, follow=more if live else None):
+                    begun = True
+                    yield data
+            except LauncherUnavailable as error:
+                if not begun:
+                    raise Unavailable(f"the log is not at hand: {error}", code="engine-unavailable") from error
+                yield f"[the log breaks off here: {error}]\n".encode()
 
     # Stop, and signs of life.
 
@@ -306,6 +330,15 @@ class RunnerService:
         except Unavailable:
             return False
         return True
+
+
+async def _behind(first: bytes | None, rest: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
+    """Give a piece, and what comes behind it."""
+    async with aclosing(rest):
+        if first is not None:
+            yield first
+            async for piece in rest:
+                yield piece
 
 
 def _sha256(text: str) -> str:

@@ -4,6 +4,7 @@ import difflib
 import ipaddress
 import logging
 import os
+import secrets
 import shlex
 import socket
 from collections.abc import KeysView
@@ -88,6 +89,7 @@ class Settings(BaseSettings):
     tokens_file: Path | None = None
     public_url: WebAddress | None = None
     node: str = Field(default_factory=socket.gethostname)
+    installation: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")] | None = None
 
     @field_validator("listen")
     @classmethod
@@ -116,6 +118,22 @@ class Settings(BaseSettings):
     def database(self) -> str:
         """The database's URL; unless told otherwise, SQLite under the state directory."""
         return self.database_url or f"sqlite:///{self.state_dir}/runners.db"
+
+
+def installation(settings: Settings) -> str:
+    """Name this installation to its engines, which may serve several: made up at the first start, and kept.
+
+    Replicas that share a database must be told one name. Blocks.
+    """
+    if settings.installation:
+        return settings.installation
+    path = settings.state_dir / "installation"
+    if not path.exists():
+        fresh = path.with_suffix(".new")
+        fresh.touch(mode=0o600)
+        fresh.write_text(f"{secrets.token_hex(6)}\n")
+        fresh.rename(path)
+    return path.read_text().strip()
 
 
 def load_settings() -> Settings:

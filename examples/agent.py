@@ -3,7 +3,8 @@
 
 It reads its task context, works in its current directory (the git slot), tells what it does on its output, beats its
 heart, commits, and ends with 0. Asked to stop (TERM) it leaves the worktree clean and ends with 143. It needs git and
-Python 3.9 or later, nothing else, and can be run by hand in any git repository:
+Python 3.9 or later, nothing else, and can be run by hand in any git repository. In an image without git it leaves its
+work uncommitted, and says so.
 
     TASK_CONTEXT='{"task_id": "7", "task_title": "Say hello"}' python3 agent.py
 """
@@ -11,6 +12,7 @@ Python 3.9 or later, nothing else, and can be run by hand in any git repository:
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from typing import Any
 
 SECONDS_PER_STEP = float(os.environ.get("RUNNER_SECONDS_PER_STEP", "1"))
 BEAT_SECONDS = 10
+HAS_GIT = shutil.which("git") is not None
 AUTHOR = ("-c", "user.name=Example Agent", "-c", "user.email=agent@example.org", "-c", "commit.gpgsign=false")
 
 
@@ -64,19 +67,23 @@ def work(context: "dict[str, Any]", path: Path) -> None:
     title = context.get("task_title") or context["task_id"]
     say(f"task {context['task_id']}: {title}")
     branch = context.get("branch_name")
-    if branch:
+    if branch and HAS_GIT:
         take_branch(branch)
         say(f"on branch {branch}")
     pause()
     say("reading the repository")
-    say(f"{len(git('ls-files').splitlines())} files, last commit: {git('log', '-1', '--format=%s')}")
+    if HAS_GIT:
+        say(f"{len(git('ls-files').splitlines())} files, last commit: {git('log', '-1', '--format=%s')}")
     pause()
     say(f"writing {path}")
     path.write_text(report(context, title), encoding="utf-8")
     pause()
-    git("add", "--", str(path))
-    git(*AUTHOR, "commit", "--quiet", "-m", f"{title}\n\nTask: {context['task_id']}", "--", str(path))
-    say(f"committed {git('log', '-1', '--format=%h %s')}")
+    if HAS_GIT:
+        git("add", "--", str(path))
+        git(*AUTHOR, "commit", "--quiet", "-m", f"{title}\n\nTask: {context['task_id']}", "--", str(path))
+        say(f"committed {git('log', '-1', '--format=%h %s')}")
+    else:
+        say("there is no git here, so it stays uncommitted")
     pause()
 
 
@@ -101,8 +108,9 @@ def take_branch(name: str) -> None:
 
 def put_back(path: Path) -> None:
     """Undo what is not committed of our own work; what others left in the slot is theirs."""
-    git("reset", "--quiet", "--", str(path))
-    if git("ls-files", "--", str(path)):
+    if HAS_GIT:
+        git("reset", "--quiet", "--", str(path))
+    if HAS_GIT and git("ls-files", "--", str(path)):
         git("checkout", "--quiet", "--", str(path))
     else:
         path.unlink(missing_ok=True)

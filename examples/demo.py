@@ -1,11 +1,12 @@
 """Show the main job, for real: launch the example agent on a git slot over HTTP and watch it to its end.
 
-Everything is made in a temporary directory and removed again. DEMO names the environment to show; today `local` is the
-one there is.
+Everything is made in a temporary directory and removed again. DEMO names the environment to show: `local` or `docker`.
+For docker, DEMO_IMAGE names an image to take instead of that of pools-docker.yaml; it needs Python, and git to commit.
 """
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -23,8 +24,10 @@ from typing import Any
 import httpx
 
 EXAMPLES = Path(__file__).resolve().parent
-POOLS = {"local": "local"}
-"""The pool of pools.yaml that shows each environment."""
+POOLS = {"local": "pools.yaml", "docker": "pools-docker.yaml"}
+"""The pool file that shows each environment; its pool bears the same name."""
+
+DOCKER = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
 
 # A service of the user's own, or a git hook that runs this, must not reach into the demo.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("RUNNER_LAUNCHER_", "GIT_"))}
@@ -55,14 +58,19 @@ def main() -> int:
 def show(directory: Path) -> None:
     """Tell the whole story once."""
     pool = pool_to_show()
+    if pool == "docker":
+        find_engine()
     slot = directory / "slots" / "example"
     tell("Making a git slot")
     make_slot(slot)
+    write_pools(directory, pool)
     tell("Starting the service on an embedded SQLite")
     with service(directory, slot.parent) as client:
         tell(f"Launching the example agent: POST {client.base_url}/runners")
         runner = launch(client, pool, slot)
-        print(f"    {runner['runner_id']} is {runner['state']}, pid {runner['pid']}")
+        place = f", pid {runner['pid']}" if runner["pid"] else ""
+        place = f", container {runner['container_id'][:12]}" if runner["container_id"] else place
+        print(f"    {runner['runner_id']} is {runner['state']}{place}")
         tell(f"Its log as it runs: GET /runners/{runner['runner_id']}/logs?follow=true")
         try:
             follow_log(client, runner["runner_id"])
@@ -75,8 +83,9 @@ def show(directory: Path) -> None:
         print(json.dumps(record, indent=2, ensure_ascii=False))
         if record["state"] != "completed" or record["exit_code"] != 0:
             raise DemoFailed(f"the runner did not complete: {record['reason']}: {record['message']}")
-        tell("Its work: git log --oneline in the slot")
+        tell("Its work: git log --oneline and git status in the slot")
         print(git(slot, "log", "--oneline", "--decorate"))
+        print(git(slot, "status", "--short") or "nothing is left uncommitted")
     tell("Done. The service is stopped, and everything the demo made is removed.")
 
 
@@ -85,7 +94,41 @@ def pool_to_show() -> str:
     name = os.environ.get("DEMO") or "local"
     if name not in POOLS:
         raise DemoFailed(f"DEMO={name} is not known; there is {', '.join(POOLS)}")
-    return POOLS[name]
+    return name
+
+
+def find_engine() -> None:
+    """Say in time what would be missed later."""
+    if not DOCKER.startswith("unix://"):
+        raise DemoFailed(f"the slot is on this machine, so the engine must be too; DOCKER_HOST is {DOCKER}")
+    try:
+        with engine() as docker:
+            there = docker.get(f"/images/{image()}/json").is_success
+    except httpx.TransportError as error:
+        raise DemoFailed(f"no Docker Engine answers at {DOCKER}: {error}; is it started, and may you use it?") from None
+    if not there:
+        tell(f"There is no image {image()} yet, so the service pulls it; DEMO_IMAGE names another (with Python and git)")
+
+
+def engine() -> httpx.Client:
+    """Talk to the engine ourselves."""
+    transport = httpx.HTTPTransport(uds=DOCKER.removeprefix("unix://"))
+    return httpx.Client(transport=transport, base_url="http://docker", timeout=10, trust_env=False)
+
+
+def image() -> str:
+    """Give the image to use."""
+    said = re.search(r"^ *image: (.+)$", (EXAMPLES / POOLS["docker"]).read_text(encoding="utf-8"), re.MULTILINE)
+    return os.environ.get("DEMO_IMAGE") or (said[1] if said else "")
+
+
+def write_pools(directory: Path, pool: str) -> None:
+    """Copy the pool file; the one for Docker with what is particular to this machine."""
+    text = (EXAMPLES / POOLS[pool]).read_text(encoding="utf-8")
+    if pool == "docker":
+        text = re.sub(r"(?m)^( *image:).*$", lambda line: f"{line[1]} {image()}", text)
+        text = text.replace("unix:///var/run/docker.sock", DOCKER).replace("/opt/example-agent", str(EXAMPLES))
+    (directory / "pools.yaml").write_text(text, encoding="utf-8")
 
 
 def make_slot(slot: Path) -> None:
@@ -106,7 +149,7 @@ def service(directory: Path, slots: Path) -> Iterator[httpx.Client]:
     settings = {
         "RUNNER_LAUNCHER_LISTEN": url,
         "RUNNER_LAUNCHER_STATE_DIR": str(state),
-        "RUNNER_LAUNCHER_POOLS_FILE": str(EXAMPLES / "pools.yaml"),
+        "RUNNER_LAUNCHER_POOLS_FILE": str(directory / "pools.yaml"),
         "RUNNER_LAUNCHER_SLOT_ROOTS": str(slots),
         "RUNNER_LAUNCHER_RUNNER_COMMAND": shlex.join([sys.executable, str(EXAMPLES / "agent.py")]),
     }
@@ -187,10 +230,10 @@ def end_of(client: httpx.Client, runner_id: str) -> dict[str, Any]:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         record = answer(client.get(f"/runners/{runner_id}"))
-        if record["phase"] == "finished":
+        if record["phase"] == "finished" and not container_left(record):
             return record
         time.sleep(0.05)
-    raise DemoFailed(f"{runner_id} should have ended by now, but it is {record['phase']}")
+    raise DemoFailed(f"{runner_id} and its container should be gone by now, but it is {record['phase']}")
 
 
 def answer(response: httpx.Response) -> dict[str, Any]:
@@ -198,7 +241,17 @@ def answer(response: httpx.Response) -> dict[str, Any]:
     if response.is_success:
         body: dict[str, Any] = response.json()
         return body
-    raise DemoFailed(f"{response.request.method} {response.url.path} answered {response.status_code}: {response.text}")
+    problem = response.headers["content-type"] == "application/problem+json"
+    text = response.json()["detail"] if problem else response.text
+    raise DemoFailed(f"{response.request.method} {response.url.path} answered {response.status_code}: {text}")
+
+
+def container_left(record: dict[str, Any]) -> bool:
+    """Ask the engine whether the container is there: it is removed when its log is safe."""
+    if not record["container_id"]:
+        return False
+    with engine() as docker:
+        return docker.get(f"/containers/{record['container_id']}/json").is_success
 
 
 def git(slot: Path, *arguments: str) -> str:

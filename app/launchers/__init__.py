@@ -10,12 +10,12 @@ from app.reason import Reason
 _NEEDS = {"docker": "aiodocker", "kubernetes": "kubernetes_asyncio"}
 
 
-def open_launcher(engine: str, state_dir: Path) -> Launcher:
-    """Open the launcher of an engine, named as pools name it; its library loads only now.
+def open_launcher(engine: str, state_dir: Path, installation: str) -> Launcher:
+    """Open the launcher of an engine, named as pools name it; its library loads only now. Blocks.
 
     Raises LaunchRejected when this installation has none for it.
     """
-    kind = engine.partition(":")[0]
+    kind, _, address = engine.partition(":")
     if kind == "local-process":
         from app.launchers.local_process import LocalProcessLauncher  # noqa: PLC0415 - only what a pool needs is loaded
 
@@ -25,4 +25,8 @@ def open_launcher(engine: str, state_dir: Path) -> Launcher:
         raise LaunchRejected(
             f"{kind} pools need the library {library}: pip install 'runner-launcher[{kind}]'", Reason.CONFIG_ERROR
         )
+    if kind == "docker":
+        from app.launchers.docker import DockerLauncher  # noqa: PLC0415 - likewise
+
+        return DockerLauncher(address, installation)
     raise LaunchRejected(f"this version has no launcher for {kind} pools yet", Reason.CONFIG_ERROR)

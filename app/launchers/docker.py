@@ -1,0 +1,687 @@
+"""Runners as containers of a Docker Engine, through aiodocker; Podman's Docker API where it allows.
+
+A runner's container bears its name and the installation's labels. The engine keeps what a restarted service needs: state,
+exit code and log stay until ``remove``. An exited container is never started: only one that is seen to be created and not
+started, by a look that no older order can still overtake.
+
+Two clients: one for short calls, each with a deadline, one for streams (events, logs, pulls), which have none of their own.
+"""
+
+import asyncio
+import json
+import os
+import ssl
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from aiodocker import Docker
+from aiodocker.exceptions import DockerError
+
+from app.errors import LauncherUnavailable, LaunchRejected, RunnerGone
+from app.launcher import Exited, Found, Gone, Handle, LaunchSpec, LogLine, Observation, Running, Starting
+from app.launchers import registry
+from app.launchers.container import (
+    INSTALLATION,
+    NAME,
+    RUNNER_ID,
+    Engine,
+    container_config,
+    context_archive,
+    exit_of,
+    handle_of,
+    identity_of,
+    log_may_be_cut,
+    runner_id_of,
+)
+from app.launchers.container_log import MAYBE_GAP, Cursor, Frames, Lines
+from app.reason import Reason
+
+CALL_SECONDS = 60.0
+CONNECT_SECONDS = 5.0
+IDLE_SECONDS = 60.0
+"""After so much silence a stream is opened anew: a dead connection looks like an engine with nothing to say."""
+
+FENCE_SECONDS = 2.0
+"""How long a container made by somebody else must stay unstarted before it is started here: by then an order to start it
+from a service that has died is either carried out or nowhere any more."""
+
+STARTS = 8
+"""How many containers are started at once. More only wait inside the engine, and everybody else's calls with them."""
+
+HISTORY_SECONDS = 3600
+PROGRESS_SECONDS = 5.0
+BACKOFF_SECONDS = (0.1, 5.0)
+SMALL_LOG_BYTES = 64 * 1024
+FEW = 2
+
+_NOT_FOUND, _CONFLICT, _TOO_MANY, _BROKEN, _NO_CONNECTION = 404, 409, 429, 500, 900
+_ENDED = ("exited", "dead")
+_NO_LOG = (_NOT_FOUND, _CONFLICT)  # gone, or going
+
+Json = Mapping[str, Any]
+Tell = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class _End:
+    """How a container ended, and its whole log if that is small."""
+
+    exited: Exited
+    lines: tuple[LogLine, ...] | None
+
+
+@dataclass(slots=True, eq=False)
+class _Pull:
+    """A pull under way, and who waits for it."""
+
+    task: asyncio.Task[None]
+    listeners: list[Tell] = field(default_factory=list)
+    waiting: int = 0
+
+
+class DockerLauncher:
+    """Starts runners as containers. ``host`` is unix://PATH, tcp://HOST:PORT, http:// or https://.
+
+    With https, or with DOCKER_TLS_VERIFY set, the certificates are those of DOCKER_CERT_PATH, as for Docker's own client.
+    """
+
+    def __init__(self, host: str, installation: str) -> None:
+        self._host = host
+        self._installation = installation
+        self._socket = Path(host.removeprefix("unix://")) if host.startswith("unix://") else None
+        self._tls = _tls(host)
+        self._clients: tuple[Docker, Docker] | None = None
+        self._about: Engine | None = None
+        self._ends: dict[str, _End] = {}
+        self._oomed: set[str] = set()
+        self._asked: set[str] = set()
+        self._creating: dict[str, set[asyncio.Task[Any]]] = {}
+        self._pulls: dict[tuple[str, str | None], _Pull] = {}
+        self._digests: dict[str, str] = {}
+        self._starts = asyncio.Semaphore(STARTS)
+        self._streams: set[aiohttp.ClientResponse] = set()
+        self._closed = asyncio.Event()
+
+    # Launch.
+
+    async def launch(self, runner_id: str, spec: LaunchSpec, *, progress: Tell | None = None) -> Handle:
+        engine = await self._engine()
+        owner = await asyncio.to_thread(self._look_at_slot, spec)
+        config = container_config(runner_id, spec, installation=self._installation, owner=owner, engine=engine)
+        await self._check_volumes(spec)
+        policy = spec.options.get("pull_policy")
+        if policy == "always":
+            if found := await self._find(runner_id):
+                return await self._settle(found, spec)
+            await self._pull(spec, progress)
+        try:
+            container_id = await self._create(runner_id, config)
+        except DockerError as refusal:
+            if found := await self._find(runner_id):
+                return await self._settle(found, spec)
+            if refusal.status == _CONFLICT:
+                raise LauncherUnavailable(f"{NAME}{runner_id} was there, and is gone again", acted=False) from refusal
+            if not _no_such_image(refusal):
+                raise LaunchRejected(refusal.message, Reason.CONFIG_ERROR) from refusal
+            if policy == "never":
+                raise LaunchRejected(f"{refusal.message}; pull_policy is never", Reason.IMAGE_NOT_FOUND) from refusal
+            await self._pull(spec, progress)
+            try:
+                container_id = await self._create(runner_id, config)
+            except DockerError as again:
+                raise LauncherUnavailable(f"after the pull: {again.message}") from again
+        return await self._begin(container_id, spec)
+
+    def _look_at_slot(self, spec: LaunchSpec) -> tuple[int, int] | None:
+        """Tell who owns the slot, if the engine is on this machine. Raises LaunchRejected. Blocks."""
+        if not self._socket or not spec.working_dir:
+            return None
+        if self._socket.resolve().is_relative_to(Path(spec.working_dir).resolve()):
+            raise LaunchRejected(f"{spec.working_dir} holds the engine's own socket", Reason.CONFIG_ERROR)
+        try:
+            slot = os.stat(spec.working_dir)  # noqa: PTH116 - one call, for two facts
+        except OSError as error:
+            raise LaunchRejected(f"{spec.working_dir}: {error.strerror}") from error
+        return slot.st_uid, slot.st_gid
+
+    async def _check_volumes(self, spec: LaunchSpec) -> None:
+        """Refuse a volume that is not there: the engine would make it, empty."""
+        volumes: Mapping[str, str] = spec.options.get("volumes") or {}  # type: ignore[assignment] # validated with the pool
+        for name in volumes:
+            if not name.startswith("/"):
+                with self._asking(f"looking for volume {name}", acted=False, refused=Reason.CONFIG_ERROR):
+                    await (await self._docker.volumes.get(name)).show()  # type: ignore[no-untyped-call]
+
+    async def _create(self, runner_id: str, config: Json) -> str:
+        """Create the container; lets DockerError 404 and 409 through.
+
+        The call is finished also when nobody waits for it any more, so that ``remove`` can wait for what it makes.
+        """
+        create = asyncio.create_task(self._docker.containers.create(dict(config), name=NAME + runner_id))
+        self._creating.setdefault(runner_id, set()).add(create)
+        create.add_done_callback(lambda _: self._created(runner_id, create))
+        with self._asking(f"creating {NAME}{runner_id}", passes=(_NOT_FOUND, _CONFLICT), refused=Reason.CONFIG_ERROR):
+            container = await asyncio.shield(create)
+        return str(container.id)
+
+    def _created(self, runner_id: str, create: asyncio.Task[Any]) -> None:
+        if not create.cancelled():
+            create.exception()  # told to whoever waits, if anybody does
+        creating = self._creating[runner_id]
+        creating.discard(create)
+        if not creating:
+            del self._creating[runner_id]
+
+    async def _begin(self, container_id: str, spec: LaunchSpec) -> Handle:
+        """Give a created container the context, and start it; remove it if it can never start."""
+        container = self._docker.containers.container(container_id)
+        try:
+            async with self._starts:
+                with self._asking("giving the context", refused=Reason.CONFIG_ERROR):
+                    await container.put_archive("/", context_archive(spec.context))  # type: ignore[no-untyped-call]
+                with self._asking("starting the container", refused=Reason.LAUNCH_REJECTED):
+                    await container.start()
+        except LaunchRejected:
+            await self._delete(container_id)
+            raise
+        with self._asking("looking at the container"):
+            about = await container.show()
+        return await self._handle(about)
+
+    async def _settle(self, found: Json, spec: LaunchSpec) -> Handle:
+        """Give the container that is there; start it if whoever made it never did."""
+        deadline = time.monotonic() + FENCE_SECONDS
+        while found["State"]["Status"] == "created":
+            if time.monotonic() > deadline:
+                return await self._begin(found["Id"], spec)
+            await asyncio.sleep(FENCE_SECONDS / 20)
+            with self._asking("looking at the container"):
+                found = await self._docker.containers.container(found["Id"]).show()
+        if found["State"]["Status"] == "removing":
+            raise LauncherUnavailable(f"{found['Name']} is being removed")
+        return await self._handle(found)
+
+    # Images.
+
+    async def _pull(self, spec: LaunchSpec, progress: Tell | None) -> None:
+        """Pull the image, together with everybody who waits for the same. Raises LaunchRejected, LauncherUnavailable."""
+        image = registry.with_tag(str(spec.options["image"]))
+        auth = await registry.auth_header(image, spec.options.get("registry_auth"))  # type: ignore[arg-type] # a file's name
+        pull = self._pulls.get((image, auth))
+        if pull is None:
+            pull = self._pulls[image, auth] = _Pull(asyncio.create_task(self._pull_image(image, auth), name=f"pull {image}"))
+        tell = progress or (lambda _: None)
+        pull.listeners.append(tell)
+        pull.waiting += 1
+        tell(f"pulling {image}")
+        try:
+            await asyncio.shield(pull.task)
+        finally:
+            pull.listeners.remove(tell)
+            pull.waiting -= 1
+            if pull.task.done() or not pull.waiting:
+                pull.task.cancel()
+                if self._pulls.get((image, auth)) is pull:
+                    del self._pulls[image, auth]
+        tell(f"pulled {image}")
+
+    async def _pull_image(self, image: str, auth: str | None) -> None:
+        headers = {"X-Registry-Auth": auth} if auth else {}
+        so_far, told = registry.Progress(image), time.monotonic()
+        failed: str | None = None
+        try:
+            async with self._stream(
+                "images/create", {"fromImage": image}, method="POST", headers=headers, passes=range(400, 600)
+            ) as response:
+                async for line in response.content:
+                    message = json.loads(line)
+                    failed = message.get("error") or failed
+                    so_far.feed(message)
+                    if time.monotonic() - told > PROGRESS_SECONDS and (pull := self._pulls.get((image, auth))):
+                        told = time.monotonic()
+                        for tell in pull.listeners:
+                            tell(str(so_far))
+        except DockerError as error:
+            failed = error.message
+        if failed:
+            raise registry.pull_error(image, failed)
+
+    async def _digest(self, image_id: str) -> str:
+        """Give an image's digest in its registry, or its id if it never was in one."""
+        if image_id not in self._digests:
+            with suppress(DockerError), self._asking("looking at the image", passes=(_NOT_FOUND,)):
+                about = await self._docker.images.inspect(image_id)
+                self._digests[image_id] = next(iter(about.get("RepoDigests") or ()), image_id)
+        return self._digests.get(image_id, image_id)
+
+    # Observe.
+
+    async def observe(self, handles: Sequence[Handle]) -> Mapping[str, Observation]:
+        if len(handles) <= FEW:
+            found = {handle.runner_id: await self._find_ours(handle.runner_id) for handle in handles}
+            return await self._observations({runner_id: about for runner_id, about in found.items() if about}, handles)
+        listed = {entry["Labels"][RUNNER_ID]: entry for entry in await self._list()}
+        asked = {handle.runner_id: listed[handle.runner_id] for handle in handles if handle.runner_id in listed}
+        return await self._observations(asked, handles)
+
+    async def _observations(self, found: Mapping[str, Json], handles: Sequence[Handle]) -> Mapping[str, Observation]:
+        """Read containers, listed or looked at; what is not among them is gone. One just being removed is left out."""
+        seen: dict[str, Observation] = {}
+        for handle in handles:
+            about = found.get(handle.runner_id)
+            match _status(about) if about else None:
+                case None:
+                    seen[handle.runner_id] = Gone()
+                case "created":
+                    seen[handle.runner_id] = Starting()
+                case "removing":
+                    pass
+                case ended if ended in _ENDED and about:
+                    if end := await self._end(about):
+                        seen[handle.runner_id] = end.exited
+                case _:
+                    seen[handle.runner_id] = Running()
+        return seen
+
+    async def _end(self, about: Json) -> _End | None:
+        """Tell how a container ended; None if it is gone meanwhile."""
+        container_id = about["Id"]
+        if known := self._ends.get(container_id):
+            return known
+        if isinstance(about["State"], str):  # listed, which tells little
+            looked = await self._find_ours(about["Labels"][RUNNER_ID])
+            if looked is None or _status(looked) not in _ENDED:
+                return None
+            about = looked
+        try:
+            lines, cut = await self._small_log(about)
+        except RunnerGone:
+            return None
+        last = lines[-1].text if lines else b""
+        end = exit_of(about["State"], last_line=last, oom_event=container_id in self._oomed, log_truncated=cut)
+        known = self._ends[container_id] = _End(Exited(end), lines)
+        return known
+
+    async def watch(self) -> AsyncIterator[str]:
+        """Yield whoever ends, by the engine's events; after every pause also those who ended or vanished in it."""
+        last = int((time.time() - HISTORY_SECONDS) * 1e9)
+        live: set[str] = set()
+        failures = 0
+        events = {
+            "type": ["container"],
+            "event": ["die", "oom", "destroy"],
+            "label": [f"{INSTALLATION}={self._installation}"],
+        }
+        while not self._closed.is_set():
+            params = {"filters": json.dumps(events), "since": f"{last // 10**9}.{last % 10**9:09d}"}
+            opened = time.monotonic()
+            with suppress(LauncherUnavailable, DockerError):
+                async with self._stream("events", params, idle=IDLE_SECONDS) as response:
+                    self._about = None  # it may be another engine by now
+                    listed = {entry["Labels"][RUNNER_ID]: entry["State"] not in _ENDED for entry in await self._list()}
+                    for runner_id in [*(live - listed.keys()), *(name for name, lives in listed.items() if not lives)]:
+                        yield runner_id
+                    live = {name for name, lives in listed.items() if lives}
+                    async for line in response.content:
+                        event = json.loads(line)
+                        if event["timeNano"] <= last:
+                            continue
+                        last, actor = event["timeNano"], event["Actor"]
+                        if event["Action"] == "oom":
+                            self._oomed.add(actor["ID"])
+                            continue
+                        if event["Action"] == "destroy":
+                            self._forget(actor["ID"])
+                        live.discard(actor["Attributes"][RUNNER_ID])
+                        yield actor["Attributes"][RUNNER_ID]
+            failures = 0 if time.monotonic() - opened > BACKOFF_SECONDS[1] else failures + 1
+            if failures:
+                await self._pause(min(BACKOFF_SECONDS[1], BACKOFF_SECONDS[0] * 2**failures))
+
+    # Stop and remove.
+
+    async def stop(self, handle: Handle, grace: float) -> None:
+        """Signal the main process and its group, once (the init process passes it on); KILL ends the whole container."""
+        container_id = await self._container_id(handle)
+        if container_id is None or (grace > 0 and container_id in self._asked):
+            return
+        try:
+            with self._asking(f"stopping {handle.runner_id}", passes=(_NOT_FOUND, _CONFLICT)):
+                await self._docker.containers.container(container_id).kill(signal="SIGKILL" if grace <= 0 else "SIGTERM")
+            self._asked.add(container_id)
+        except DockerError as error:
+            if error.status == _NOT_FOUND or grace > 0:
+                return
+            found = await self._find_ours(handle.runner_id)
+            if found and _status(found) == "created":  # it will never end, having never begun
+                await self._delete(found["Id"])
+
+    async def remove(self, handle: Handle) -> None:
+        while creating := self._creating.get(handle.runner_id):
+            await asyncio.wait(creating)
+        if container_id := await self._container_id(handle):
+            await self._delete(container_id)
+            self._forget(container_id)
+
+    async def _container_id(self, handle: Handle) -> str | None:
+        """Name a runner's container; by its name alone only after a look, for the name may be somebody else's."""
+        if handle.container_id:
+            return handle.container_id
+        found = await self._find_ours(handle.runner_id)
+        return str(found["Id"]) if found else None
+
+    def _forget(self, container_id: str) -> None:
+        self._ends.pop(container_id, None)
+        self._oomed.discard(container_id)
+        self._asked.discard(container_id)
+
+    async def _delete(self, container_id: str) -> None:
+        """Remove a container, killing it if need be, and wait until it is gone."""
+        container = self._docker.containers.container(container_id)
+        while True:
+            try:
+                with self._asking("removing the container", passes=(_NOT_FOUND, _CONFLICT)):
+                    await container.delete(force=True, v=True)
+            except DockerError as error:
+                if error.status == _NOT_FOUND:
+                    return
+                await asyncio.sleep(BACKOFF_SECONDS[0])  # somebody else is at it
+            else:
+                return
+
+    # Logs.
+
+    async def logs(self, handle: Handle, *, after: str | None = None, follow: bool = False) -> AsyncIterator[LogLine]:
+        found = await self._find_ours(handle.runner_id)
+        if found is None:
+            raise RunnerGone(f"{self._host} has no container for {handle.runner_id}")
+        container_id, ended = found["Id"], _status(found) in _ENDED
+        if ended and after is None and (end := await self._end(found)) and end.lines is not None:
+            for line in end.lines:
+                yield line
+            return
+        if after is None and await self._may_be_cut(found):
+            yield LogLine("", MAYBE_GAP)
+        cursor, local = Cursor.read(after) if after else None, _in_local_log(found)
+        failures = 0
+        while True:
+            lines = Lines(cursor, local=local)
+            try:
+                async with aclosing(self._read(container_id, lines, follow=follow and not ended)) as reading:
+                    async for line in reading:
+                        failures = 0
+                        yield line
+            except LauncherUnavailable:
+                if not follow:
+                    raise
+            else:
+                if ended or not follow:
+                    if ended:
+                        for line in lines.end():
+                            yield line
+                    return
+            if self._closed.is_set():
+                return
+            cursor = lines.at or cursor
+            with suppress(LauncherUnavailable):
+                found = await self._find_ours(handle.runner_id)
+                if found is None:
+                    raise RunnerGone(f"{self._host} has no container for {handle.runner_id} any more")
+                ended = _status(found) in _ENDED
+            if not ended:
+                failures += 1
+                await self._pause(min(BACKOFF_SECONDS[1], BACKOFF_SECONDS[0] * 2**failures))
+
+    async def _read(self, container_id: str, lines: Lines, *, follow: bool = False) -> AsyncGenerator[LogLine]:
+        """Read a log from a cursor on, once."""
+        params = {"stdout": "1", "stderr": "1", "timestamps": "1", "follow": str(int(follow))}
+        if lines.after:
+            params["since"] = lines.after.since
+        frames = Frames()
+        try:
+            async with self._stream(
+                f"containers/{container_id}/logs", params, idle=IDLE_SECONDS, passes=_NO_LOG
+            ) as response:
+                async for data in response.content.iter_any():
+                    for number, frame in frames.feed(data):
+                        for line in lines.feed(number, frame):
+                            yield line
+        except DockerError as error:
+            raise RunnerGone(f"{self._host}: {error.message}") from error
+
+    async def _small_log(self, about: Json) -> tuple[tuple[LogLine, ...] | None, bool]:
+        """Read the log of an ended container, and say whether its oldest part may be gone. A large one is only measured."""
+        lines, kept, size = Lines(local=_in_local_log(about)), list[LogLine](), 0
+        async with aclosing(self._read(about["Id"], lines)) as reading:
+            async for line in reading:
+                kept.append(line)
+                size += len(line.text)
+                if size > SMALL_LOG_BYTES:
+                    return None, await self._measure(about)
+        kept.extend(lines.end())
+        return tuple(kept), False
+
+    async def _may_be_cut(self, found: Json) -> bool:
+        if _status(found) in _ENDED:
+            end = await self._end(found)
+            return bool(end and end.exited.exit.log_truncated)
+        return await self._measure(found)
+
+    async def _measure(self, about: Json) -> bool:
+        """Say whether the log has come to its cap, by its size."""
+        params = {"stdout": "1", "stderr": "1", "follow": "0"}
+        size = lines = 0
+        try:
+            async with self._stream(f"containers/{about['Id']}/logs", params, idle=IDLE_SECONDS, passes=_NO_LOG) as response:
+                async for data in response.content.iter_any():
+                    size += len(data)
+                    lines += data.count(b"\n")
+                    if log_may_be_cut(size, lines, about["Config"]["Labels"]):
+                        return True
+        except DockerError as error:
+            raise RunnerGone(f"{self._host}: {error.message}") from error
+        return False
+
+    def log_file(self, handle: Handle) -> Path | None:  # noqa: ARG002 - the engine keeps it
+        return None
+
+    # The engine.
+
+    async def list(self) -> Sequence[Found]:
+        engine = await self._engine()
+        found = []
+        for entry in await self._list():
+            handle = handle_of(entry["Id"], entry["Labels"], engine, await self._digest(entry["ImageID"]))
+            found.append(Found(handle, identity_of(entry["Labels"]), float(entry["Created"])))
+        return found
+
+    async def ping(self) -> None:
+        with self._asking("asking for a sign of life"):
+            await self._docker.version()
+
+    async def aclose(self) -> None:
+        self._closed.set()
+        for response in tuple(self._streams):
+            response.close()  # wakes who reads; a connector that closes does not
+        if self._clients:
+            for client in self._clients:
+                await client.close()
+                await client.connector.close()
+
+    async def _list(self) -> Sequence[Json]:
+        """List all containers of this installation, as the engine lists them."""
+        filters = json.dumps({"label": [f"{INSTALLATION}={self._installation}"]})
+        with self._asking("listing the containers"):
+            containers = await self._docker.containers.list(all=True, filters=filters)
+        return [container._container for container in containers if RUNNER_ID in container["Labels"]]  # noqa: SLF001
+
+    async def _find(self, runner_id: str) -> Json | None:
+        """Look at a runner's container. Raises LaunchRejected if its name is taken by one that is not ours."""
+        about = await self._show(NAME + runner_id)
+        if about and runner_id_of(about["Config"]["Labels"], self._installation) != runner_id:
+            raise LaunchRejected(f"the name {NAME}{runner_id} is taken by a container that is not ours", Reason.CONFIG_ERROR)
+        return about
+
+    async def _find_ours(self, runner_id: str) -> Json | None:
+        try:
+            return await self._find(runner_id)
+        except LaunchRejected:
+            return None
+
+    async def _show(self, name: str) -> Json | None:
+        try:
+            with self._asking("looking at the container", passes=(_NOT_FOUND,)):
+                return dict(await self._docker.containers.container(name).show())
+        except DockerError:
+            return None
+
+    async def _handle(self, about: Json) -> Handle:
+        return handle_of(about["Id"], about["Config"]["Labels"], await self._engine(), await self._digest(about["Image"]))
+
+    async def _engine(self) -> Engine:
+        """Ask the engine what it is and can; once for each connection to it."""
+        if self._about is None:
+            with self._asking("asking what the engine can do", acted=False):
+                self._about = Engine.told(await self._docker.system.info())
+        return self._about
+
+    @property
+    def _docker(self) -> Docker:
+        """The client for short calls."""
+        return self._connected()[0]
+
+    def _connected(self) -> tuple[Docker, Docker]:
+        if self._closed.is_set():
+            raise LauncherUnavailable("this launcher is closed", acted=False)
+        if self._clients is None:
+            calls = aiohttp.ClientTimeout(total=CALL_SECONDS, sock_connect=CONNECT_SECONDS)
+            self._clients = self._client(calls), self._client(aiohttp.ClientTimeout(sock_connect=CONNECT_SECONDS))
+        return self._clients
+
+    def _client(self, timeout: aiohttp.ClientTimeout) -> Docker:
+        """Open a client; its connector has no limit, or one follower too many would hold up every call for ever."""
+        if self._socket:
+            return Docker("http://docker", aiohttp.UnixConnector(str(self._socket), limit=0), timeout=timeout)
+        address = self._host.replace("tcp://", "https://" if self._tls else "http://", 1)
+        return Docker(address, aiohttp.TCPConnector(limit=0, ssl=self._tls or True), timeout=timeout)
+
+    @asynccontextmanager
+    async def _stream(
+        self,
+        path: str,
+        params: Mapping[str, str],
+        *,
+        method: str = "GET",
+        headers: Mapping[str, str] | None = None,
+        idle: float | None = None,
+        passes: Sequence[int] = (_NOT_FOUND,),
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Open a stream, closed for sure when left (aiodocker's own is not)."""
+        calls, streams = self._connected()
+        await self._engine()  # with it the version of the API is settled
+        url = f"{streams.docker_host}/{calls.api_version}/{path}"
+        timeout = aiohttp.ClientTimeout(sock_connect=CONNECT_SECONDS, sock_read=idle)
+        with self._asking(f"reading {path}", acted=False, passes=passes):
+            async with streams.session.request(method, url, params=params, headers=headers, timeout=timeout) as response:
+                if response.status >= 400:  # noqa: PLR2004 - HTTP's errors
+                    text = await response.text()
+                    with suppress(ValueError, KeyError, TypeError):
+                        text = json.loads(text)["message"]
+                    raise DockerError(response.status, text)
+                self._streams.add(response)
+                try:
+                    yield response
+                finally:
+                    self._streams.discard(response)
+
+    @contextmanager
+    def _asking(
+        self, what: str, *, acted: bool = True, passes: Sequence[int] = (), refused: Reason | None = None
+    ) -> Iterator[None]:
+        """Say in the port's errors what an engine's answer means; ``passes`` are the statuses that the caller reads.
+
+        ``refused`` is why a launch ends that the engine says no to; None: only a launch can be refused.
+        """
+        try:
+            yield
+        except DockerError as error:
+            if error.status in passes:
+                raise
+            if error.status == _NO_CONNECTION:
+                raise self._no_connection(error.__context__, what, acted=acted) from error
+            text = f"{self._host}, {what}: {error.message}"
+            if "client version" in error.message and self._clients:  # the engine was exchanged for another
+                self._clients[0].api_version = "auto"
+                raise LauncherUnavailable(text, acted=False) from error
+            if refused and error.status < _BROKEN and error.status != _TOO_MANY:
+                raise LaunchRejected(error.message, refused) from error
+            if refused and _never_works(error.message):
+                raise LaunchRejected(error.message, Reason.CONFIG_ERROR) from error
+            raise LauncherUnavailable(text, acted=acted) from error
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not self._closed.is_set():
+                raise
+            raise self._no_connection(error, what, acted=acted) from error
+
+    def _no_connection(self, error: BaseException | None, what: str, *, acted: bool) -> LauncherUnavailable:
+        """Say why nobody answered; an engine that could not even be connected to surely did nothing."""
+        match error:
+            case aiohttp.ClientConnectorCertificateError():
+                return LauncherUnavailable(f"{self._host}: cannot connect: {error.certificate_error}", acted=False)
+            case aiohttp.ClientConnectorError():
+                said = error.os_error.strerror or error.os_error
+                return LauncherUnavailable(f"{self._host}: cannot connect: {said}", acted=False)
+            case TimeoutError():
+                return LauncherUnavailable(f"{self._host}, {what}: no answer in time", acted=acted)
+            case _:
+                said = str(error) or type(error).__name__
+                return LauncherUnavailable(f"{self._host}, {what}: the connection broke: {said}", acted=acted)
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but not beyond the close."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._closed.wait()
+
+
+def _status(about: Json) -> str:
+    """Read the state of a container, listed or looked at."""
+    state = about["State"]
+    return str(state if isinstance(state, str) else state["Status"])
+
+
+def _in_local_log(about: Json) -> bool:
+    return bool(about["HostConfig"]["LogConfig"]["Type"] == "local")
+
+
+def _no_such_image(error: DockerError) -> bool:
+    said = error.message.lower()
+    return "no such image" in said or "image not known" in said
+
+
+def _never_works(said: str) -> bool:
+    """Some faults of the order are told as faults of the engine."""
+    said = said.lower()
+    return any(
+        word in said
+        for word in ("could not select device driver", "unknown runtime", "unable to find user", "no matching entries")
+    )
+
+
+def _tls(host: str) -> ssl.SSLContext | None:
+    """Load the certificates for an engine that asks for them. Raises LaunchRejected. Blocks."""
+    if not host.startswith("https://") and not (host.startswith("tcp://") and os.environ.get("DOCKER_TLS_VERIFY")):
+        return None
+    folder = Path(os.environ.get("DOCKER_CERT_PATH") or Path.home() / ".docker")
+    try:
+        context = ssl.create_default_context(cafile=str(folder / "ca.pem"))
+        context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    except OSError as error:
+        text = f"{host}: the certificates ca.pem, cert.pem and key.pem in {folder} cannot be used: {error}"
+        raise LaunchRejected(text, Reason.CONFIG_ERROR) from error
+    return context
