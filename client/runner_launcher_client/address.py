@@ -45,19 +45,26 @@ def find_address(url: str | None = None, token: str | None = None, environment: 
         usable = False
     if not usable or not url.isprintable() or " " in url:
         raise InvalidRequestError(f"{PREFIX}URL: {url!r} must look like http://host:port", code="no-address")
-    address = Address(url)
+    found = Address(url, *_find_token(token, environment, local=Address(url).local))
+    if found.token and not (found.token.isascii() and found.token.isprintable() and " " not in found.token):
+        raise InvalidRequestError(f"{PREFIX}TOKEN: the token must be one word of ASCII", code="no-address")
+    return found
+
+
+def _find_token(token: str | None, environment: Mapping[str, str], *, local: bool) -> tuple[str | None, str]:
+    """Give the token; where there is none, where it was looked for."""
     token = token or environment.get(f"{PREFIX}TOKEN")
     if token:
-        return Address(url, token.strip())
+        return token.strip(), ""
     directory = environment.get(f"{PREFIX}STATE_DIR")
-    if not directory and not address.local:
-        return Address(url, missing=f"{PREFIX}TOKEN is not set, nor is {PREFIX}STATE_DIR")
+    if not directory and not local:
+        return None, f"{PREFIX}TOKEN is not set, nor is {PREFIX}STATE_DIR"
     path = Path(directory or _state_home(environment)) / "token"
     try:
-        return Address(url, path.read_text(encoding="utf-8").strip() or None, f"{path} is empty")
+        return path.read_text(encoding="utf-8").strip() or None, f"{PREFIX}TOKEN is not set, and {path} is empty"
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not text"
-        return Address(url, missing=f"{PREFIX}TOKEN is not set, and {path} cannot be read ({why})")
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        return None, f"{PREFIX}TOKEN is not set, and {path} cannot be read ({why})"
 
 
 def _where_it_listens(environment: Mapping[str, str]) -> str:
