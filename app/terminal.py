@@ -152,18 +152,25 @@ class Terminal:
         return None
 
     async def diagnose(self, runner_id: str) -> None:
-        """Show a diagnosis: its summary, then what else there is."""
-        diagnosis = (await self.client.diagnosis(runner_id)).to_dict()
+        """Show a diagnosis, as paragraphs."""
+        diagnosis = await self.client.diagnosis(runner_id)
         if self._as_json:
-            self._json(diagnosis)
-        else:
-            self._print(str(diagnosis.pop("summary", "")))
-            self._record(diagnosis)
+            self._json(diagnosis.to_dict())
+            return
+        self._print(diagnosis.summary)
+        for head, words in (("Likely cause", diagnosis.likely_cause), ("What to do", diagnosis.next_step)):
+            if words:
+                self._out.print(Text.assemble((f"\n{head}: ", "bold"), _clean(words)), soft_wrap=True)
+        if diagnosis.evidence:
+            self._out.print(Text("\nEvidence:", style="bold"))
+        for each in diagnosis.evidence:
+            self._print(f"  {each.get('source', '')}: {each.get('text', '')}")
 
     async def events(self, runner_id: str | None, *, follow: bool) -> None:
         """Tell events, of one runner or of all."""
         if not follow:
-            events = await (self.client.history(runner_id) if runner_id else self.client.past_events())
+            past = self.client.past_events()
+            events = await self.client.history(runner_id) if runner_id else [event async for event in past]
             if self._as_json:
                 self._json([event.to_dict() for event in events])
             for event in events if not self._as_json else ():

@@ -28,6 +28,7 @@ from conftest import (
 )
 from runner_launcher_client import (
     AgentPool,
+    Event,
     InvalidRequestError,
     NotFoundError,
     NotPermittedError,
@@ -85,7 +86,7 @@ async def test_a_log_is_followed_as_it_is_written_and_to_its_end(serve: Serve, s
             seen += piece
             if seen == b"two\n":
                 (slot / "go").touch()
-        assert seen == b"two\nthree"
+        assert seen.startswith(b"two\nthree")  # the service may add how it ended
         assert (await client.get(runner.runner_id)).finished
 
 
@@ -483,6 +484,47 @@ async def test_what_is_no_runner_launcher_is_told(answer: str, kind: type[Except
         async with RunnerLauncherClient(url=url, token="any", patience_seconds=0) as client:  # noqa: S106
             with pytest.raises(kind, match=words):
                 await client.get("runner-000000000000")
+
+
+# What happens to all.
+
+
+async def has_events(client: RunnerLauncherClient) -> None:
+    try:
+        async for _ in client.past_events():
+            break
+    except NotFoundError:
+        pytest.skip("this service does not tell of all events yet")
+
+
+async def test_all_events_are_streamed_and_taken_up_again_after_a_kill(serve: Serve, slot: Path) -> None:
+    listen = f"127.0.0.1:{free_port()}"
+    seen: list[Event] = []
+    async with serve(LISTEN=listen) as service, client_of(service, patience=30) as client:
+        await has_events(client)
+
+        async def watch() -> None:
+            async for event in client.events():
+                seen.append(event)
+
+        watching = asyncio.create_task(watch())
+        await asyncio.sleep(0.3)
+        first = await launch(client, launch_body(slot))
+        await client.wait(first.runner_id)
+        await until(lambda: seen and seen[-1].to_phase == "finished")
+        await service.end(signal.SIGKILL)
+        async with serve(LISTEN=listen):
+            second = await launch(client, launch_body(slot))
+            await client.wait(second.runner_id)
+            happened = [*await client.history(first.runner_id), *await client.history(second.runner_id)]
+            await until(lambda: len(seen) >= len(happened))
+            assert [event.revision for event in seen] == [event.revision for event in happened]
+            assert {event.runner_id for event in seen} == {first.runner_id, second.runner_id}
+            assert [event async for event in client.past_events()] == happened
+            assert [event async for event in client.past_events(after=happened[-2].revision)] == happened[-1:]
+            watching.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await watching
 
 
 # The drop-in.

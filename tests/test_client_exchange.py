@@ -10,7 +10,6 @@ import httpx
 import pytest
 from runner_launcher_client import (
     AgentPool,
-    Event,
     Heartbeat,
     InvalidRequestError,
     PoolFullError,
@@ -273,10 +272,10 @@ async def pieces(*parts: str) -> AsyncIterator[bytes]:
 
 
 STREAM = (
-    ": hello\n\nretry: 2000\n\n"
+    ": comment\n\nid: 6\nevent: hello\nretry: 2000\ndata: {}\n\n"
     'id: 7\nevent: finished\ndata: {"revision": 7, "at": "2026-01-05T09:30:00Z",\ndata: "type": "finished",'
     ' "to": "finished"}\n\n'
-    "event: farewell\ndata: bye\n\n"
+    'event: bye\ndata: {"detail": "going down"}\n\n'
     'id: 8\nevent: started\ndata: {"at": "2026-01-05T09:30:01Z", "runner_id": "runner-1"}\n\n'
     'id: 9\ndata: {"at": "cut'
 )
@@ -285,12 +284,13 @@ STREAM = (
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("cut", [lambda text: [text], list], ids=["whole", "byte by byte"])
 async def test_an_event_stream_is_read_however_it_is_cut(end: str, cut: Callable[[str], list[str]]) -> None:
-    events = [event async for event in events_of(pieces(*cut(STREAM.replace("\n", end))))]
+    told = [each async for each in events_of(pieces(*cut(STREAM.replace("\n", end))))]
+    assert [place for place, _ in told] == [6, 7, 7, 8]
+    events = [event for _, event in told if event]
     assert [(event.revision, event.type, event.to_phase, event.runner_id) for event in events] == [
         (7, "finished", "finished", None),
         (8, "started", None, "runner-1"),
     ]
-    assert isinstance(events[0], Event)
 
 
 # Where the service is.

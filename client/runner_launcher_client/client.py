@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -23,7 +23,7 @@ from runner_launcher_client.exchange import (
     Trouble,
     unreachable,
 )
-from runner_launcher_client.records import Diagnosis, Engine, Event, PoolStatus, Runner, RunnerPage, RunnerState
+from runner_launcher_client.records import Diagnosis, Engine, Event, EventPage, PoolStatus, Runner, RunnerPage, RunnerState
 from runner_launcher_client.request import launch_request
 from runner_launcher_client.server_sent import events_of
 
@@ -117,7 +117,7 @@ class RunnerLauncherClient:
         pool: str | None = None,
         task_id: str | None = None,
         slot_id: str | None = None,
-        label: str | None = None,
+        labels: Mapping[str, str] | None = None,
         since: datetime | str | None = None,
         limit: int = 100,
         cursor: str | None = None,
@@ -129,7 +129,7 @@ class RunnerLauncherClient:
             "pool": pool,
             "task_id": task_id,
             "slot_id": slot_id,
-            "label": label,
+            "label": tuple(f"{name}={value}" for name, value in (labels or {}).items()),
             "since": since.isoformat() if isinstance(since, datetime) else since,
             "limit": limit,
             "cursor": cursor,
@@ -171,9 +171,16 @@ class RunnerLauncherClient:
         """Give what happened to a runner, the first event first."""
         return await self._take(self._calls.items(Event, f"/runners/{quote(runner_id, safe='')}/events"))
 
-    async def past_events(self, *, after: int | None = None) -> tuple[Event, ...]:
-        """Give a page of what happened to all runners, from the first event after a revision."""
-        return await self._take(self._calls.items(Event, "/events", after=after))
+    async def past_events(self, *, after: int | None = None) -> AsyncGenerator[Event]:
+        """Give what happened to all runners so far, the first event first, behind the revision ``after``."""
+        wanted: dict[str, str | int | None] = {"since": after, "limit": MAX_PAGE}
+        while True:
+            page = await self._take(self._calls.read(EventPage, "/events", **wanted))
+            for event in page.items:
+                yield event
+            if page.next_cursor is None:
+                return
+            wanted["cursor"] = page.next_cursor
 
     async def events(self, *, after: int | None = None) -> AsyncGenerator[Event]:
         """Give what happens to all runners, as it happens, without end; ``after`` is the revision of the last one known.
@@ -192,10 +199,11 @@ class RunnerLauncherClient:
             try:
                 if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
                     raise UnavailableError(f"{response.request.url} is no event stream", code="not-understood")
-                async for event in events_of(response.aiter_bytes()):
-                    trouble.over()
-                    after = event.revision
-                    yield event
+                async for place, event in events_of(response.aiter_bytes()):
+                    after = after if place is None else place
+                    if event:
+                        trouble.over()
+                        yield event
             except httpx.TransportError as error:
                 cut = error
             finally:

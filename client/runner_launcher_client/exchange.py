@@ -47,13 +47,17 @@ _AGAIN = frozenset({429, 502, 503, 504})
 _NEVER = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
 
 
+Param = str | float | tuple[str, ...] | None
+"""A query parameter: None is left out, a tuple is repeated."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One request; ``wait`` is how many seconds it asks the service to wait before its answer."""
 
     method: str
     path: str
-    params: Mapping[str, str | int | float] = field(default_factory=dict)
+    params: Mapping[str, Param] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     body: Any = None
     wait: float = 0
@@ -64,7 +68,7 @@ class Call:
         return {
             "method": self.method,
             "url": self.path,
-            "params": dict(self.params),
+            "params": {name: value for name, value in self.params.items() if value is not None},
             "headers": {**self.headers, **content},
             "content": None if self.body is None else json.dumps(self.body, ensure_ascii=False).encode(),
             "timeout": httpx.Timeout(self.wait + ANSWER_SECONDS, connect=CONNECT_SECONDS),
@@ -176,20 +180,20 @@ class Conversation:
             runner, tag = changed or (runner, tag)
         return runner
 
-    def read(self, kind: type[R], path: str, **params: str | float | None) -> Exchange[R]:
+    def read(self, kind: type[R], path: str, **params: Param) -> Exchange[R]:
         """Give one record of any kind."""
-        return _read(kind, (yield from self.ask(Call("GET", path, params=_given(params)))))
+        return _read(kind, (yield from self.ask(Call("GET", path, params=params))))
 
-    def items(self, kind: type[R], path: str, **params: str | float | None) -> Exchange[tuple[R, ...]]:
+    def items(self, kind: type[R], path: str, **params: Param) -> Exchange[tuple[R, ...]]:
         """Give the records of one page."""
-        response = yield from self.ask(Call("GET", path, params=_given(params)))
+        response = yield from self.ask(Call("GET", path, params=params))
         return tuple(_made(kind, each, response) for each in _json(response).get("items") or ())
 
     # Change.
 
     def stop(self, runner_id: str, *, grace: float | None = None, force: bool = False) -> Exchange[Runner]:
         """Ask for a runner's end."""
-        params = _given({"grace": grace, "force": "true" if force else None})
+        params = {"grace": grace, "force": "true" if force else None}
         return _read(Runner, (yield from self.ask(Call("DELETE", _runner(runner_id), params=params))))
 
     def switch(self, kind: type[R], name: str, *, enabled: bool) -> Exchange[R]:
@@ -294,10 +298,6 @@ def _why(error: BaseException) -> str:
 
 def _runner(runner_id: str) -> str:
     return f"/runners/{quote(runner_id, safe='')}"
-
-
-def _given(params: Mapping[str, str | float | None]) -> dict[str, str | float]:
-    return {name: value for name, value in params.items() if value is not None}
 
 
 def _read(kind: type[R], response: httpx.Response) -> R:

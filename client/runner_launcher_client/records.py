@@ -151,6 +151,22 @@ class Event(Record):
     message: str | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     runner_id: str | None = None
+    task_id: str | None = None
+    pool_name: str | None = None
+
+
+_EVENTS = _as(
+    lambda events: tuple(Event.from_dict(each) for each in events),
+    lambda events: [each.to_dict() for each in events],
+)
+
+
+@dataclass(frozen=True)
+class EventPage(Record):
+    """Events in the order of their revisions, and where the next page begins; None at the end."""
+
+    items: tuple[Event, ...] = field(default=(), metadata=_EVENTS)
+    next_cursor: str | None = None
 
 
 @dataclass(frozen=True)
@@ -179,6 +195,12 @@ class Engine(Record):
 
 @dataclass(frozen=True)
 class Diagnosis(Record):
-    """What happened to a runner, in plain words; what else the service tells is in ``extra``."""
+    """What happened to a runner, in plain words. ``evidence`` are ``{"source": ..., "text": ...}``."""
 
-    summary: str = ""
+    runner_id: str
+    state: str
+    summary: str
+    reason: str | None = None
+    likely_cause: str = ""
+    evidence: tuple[Mapping[str, str], ...] = field(default=(), metadata=_as(tuple, list))
+    next_step: str = ""

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from runner_launcher_client.records import Event
 
 
-async def events_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[Event]:
-    """Give the events of a stream; comments, and what is no event of ours, are passed over."""
+async def events_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[tuple[int | None, Event | None]]:
+    """Give what a stream says: the place it has come to, and the event; None where it is not one of a runner's."""
     name, number, data = "", "", []
     async for line in _lines(pieces):
         field, _, value = line.partition(":")
@@ -20,19 +20,17 @@ async def events_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[Event]:
             case "data":
                 data.append(value)
             case "" if not line:
-                event = _event("\n".join(data), number, name) if data else None
+                if data:
+                    place = int(number) if number.isdecimal() else None
+                    yield place, _event("\n".join(data), place, name)
                 name, data = "", []
-                if event:
-                    yield event
             case _:
                 pass  # a comment, or a wish that we do not share
 
 
-def _event(text: str, number: str, name: str) -> Event | None:
+def _event(text: str, place: int | None, name: str) -> Event | None:
     try:
-        told = json.loads(text)
-        known = {"revision": int(number) if number.isdecimal() else None, "type": name or None}
-        return Event.from_dict({**{key: value for key, value in known.items() if value is not None}, **told})
+        return Event.from_dict({"revision": place, "type": name, **json.loads(text)})
     except (TypeError, ValueError, AttributeError):
         return None
 
