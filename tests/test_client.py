@@ -504,7 +504,7 @@ async def test_all_events_are_streamed_and_taken_up_again_after_a_kill(serve: Se
         await has_events(client)
 
         async def watch() -> None:
-            async for event in client.events():
+            async for event in client.events():  # noqa: PERF401 - extend() would keep them until the end
                 seen.append(event)
 
         watching = asyncio.create_task(watch())
