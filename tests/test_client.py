@@ -5,7 +5,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
@@ -489,6 +489,11 @@ async def test_what_is_no_runner_launcher_is_told(answer: str, kind: type[Except
 # What happens to all.
 
 
+async def collect(events: AsyncIterator[Event], seen: list[Event]) -> None:
+    async for event in events:
+        seen += [event]  # at once, for whoever looks meanwhile
+
+
 async def has_events(client: RunnerLauncherClient) -> None:
     try:
         async for _ in client.past_events():
@@ -503,11 +508,7 @@ async def test_all_events_are_streamed_and_taken_up_again_after_a_kill(serve: Se
     async with serve(LISTEN=listen) as service, client_of(service, patience=30) as client:
         await has_events(client)
 
-        async def watch() -> None:
-            async for event in client.events():  # noqa: PERF401 - extend() would keep them until the end
-                seen.append(event)
-
-        watching = asyncio.create_task(watch())
+        watching = asyncio.create_task(collect(client.events(), seen))
         await asyncio.sleep(0.3)
         first = await launch(client, launch_body(slot))
         await client.wait(first.runner_id)
