@@ -8,13 +8,14 @@ import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Serve, Served, alive, launch_body, local_pool, until
+import pytest_asyncio
+from conftest import Serve, Served, alive, launch_body, local_pool, served, until
 
 WAITS = "while [ ! -e go ]; do sleep 0.01; done\n"
 OK, FAILED, USAGE, REFUSED, NOT_FOUND, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
@@ -68,72 +69,82 @@ def launch_file(slot: Path, script: str = "exit 0", **body: Any) -> str:  # noqa
     return str(path)
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+    """One service for all that leave it as it is."""
+    pools = {"local": local_pool(max_concurrency=64), "broken": local_pool(command=["/no/such/program"])}
+    async with served(tmp_path_factory.mktemp("served"), pools) as server:
+        yield server
+
+
+@pytest.fixture
+def place(server: Served, tmp_path: Path) -> Path:
+    """A slot of this test's own on the shared service."""
+    place = server.output.parent / "slots" / tmp_path.name
+    place.mkdir(parents=True)
+    return place
+
+
 # Launches.
 
 
-async def test_a_launch_prints_the_id_alone_and_tells_the_rest_beside(serve: Serve, slot: Path) -> None:
-    async with serve() as service:
-        ended = await at(service).run("launch", launch_file(slot, "exec sleep 600"))
-        assert ended.code == OK
-        runner_id = ended.out.strip()
-        assert runner_id.startswith("runner-")
-        assert "accepted" in ended.err
-        assert f"{runner_id} is running (pid " in ended.err
-        assert alive({"runner_id": runner_id})
+async def test_a_launch_prints_the_id_alone_and_tells_the_rest_beside(server: Served, place: Path) -> None:
+    ended = await at(server).run("launch", launch_file(place, "exec sleep 600"))
+    assert ended.code == OK
+    runner_id = ended.out.strip()
+    assert runner_id.startswith("runner-")
+    assert "accepted" in ended.err
+    assert f"{runner_id} is running (pid " in ended.err
+    assert alive({"runner_id": runner_id})
 
 
-async def test_a_launch_comes_from_options_or_standard_input_and_options_win(serve: Serve, slot: Path) -> None:
-    async with serve() as service:
-        run = at(service)
-        body = json.dumps({"task": {"id": "7"}, "slot": {"slot_path": "/nowhere"}, "pool": "nowhere"})
-        launch_body(slot)
-        given = ["--slot-path", str(slot), "--pool", "local", "--title", "Say hello", "--slot-id", "mine"]
-        piped = await run.run("launch", "-", *given, "--wait", "--json", given=body)
-        assert (piped.code, piped.json["slot_id"], piped.json["state"]) == (OK, "mine", "completed")
-        plain = await run.run("launch", "--task-id", "8", "--slot-path", str(slot), "--pool", "local", "--wait", "--json")
-        assert (plain.json["task_id"], plain.json["slot_id"]) == ("8", "slot-1")
+async def test_a_launch_comes_from_options_or_standard_input_and_options_win(server: Served, place: Path) -> None:
+    run = at(server)
+    body = json.dumps({"task": {"id": "7"}, "slot": {"slot_path": "/nowhere"}, "pool": "nowhere"})
+    launch_body(place)
+    given = ["--slot-path", str(place), "--pool", "local", "--title", "Say hello", "--slot-id", "mine"]
+    piped = await run.run("launch", "-", *given, "--wait", "--json", given=body)
+    assert (piped.code, piped.json["slot_id"], piped.json["state"]) == (OK, "mine", "completed")
+    plain = await run.run("launch", "--task-id", "8", "--slot-path", str(place), "--pool", "local", "--wait", "--json")
+    assert (plain.json["task_id"], plain.json["slot_id"]) == ("8", place.name)
 
 
 @pytest.mark.parametrize(("script", "code", "words"), [("exit 0", OK, "completed"), ("exit 3", FAILED, "exit_nonzero")])
 async def test_a_launch_that_is_waited_for_ends_as_its_runner_does(
-    serve: Serve, slot: Path, script: str, code: int, words: str
+    server: Served, place: Path, script: str, code: int, words: str
 ) -> None:
-    async with serve() as service:
-        ended = await at(service).run("launch", "--wait", launch_file(slot, script))
-        assert ended.code == code
-        assert ended.out.strip().startswith("runner-")
-        assert words in ended.err.splitlines()[-1]
+    ended = await at(server).run("launch", "--wait", launch_file(place, script))
+    assert ended.code == code
+    assert ended.out.strip().startswith("runner-")
+    assert words in ended.err.splitlines()[-1]
 
 
-async def test_a_launch_that_fails_says_why_and_where_its_record_is(serve: Serve, slot: Path) -> None:
-    async with serve({"local": local_pool(command=["/no/such/program"])}) as service:
-        ended = await at(service).run("launch", launch_file(slot))
-        assert ended.code == FAILED
-        assert "/no/such/program" in ended.err.splitlines()[-1]
-        assert "runner-launcher show runner-" in ended.err
-        as_json = await at(service).run("launch", launch_file(slot), "--json")
-        assert (as_json.code, as_json.out) == (FAILED, "")
-        assert json.loads(as_json.err)["runner"]["reason"] == "launch_rejected"
+async def test_a_launch_that_fails_says_why_and_where_its_record_is(server: Served, place: Path) -> None:
+    ended = await at(server).run("launch", launch_file(place, pool="broken"))
+    assert ended.code == FAILED
+    assert "/no/such/program" in ended.err.splitlines()[-1]
+    assert "runner-launcher show runner-" in ended.err
+    as_json = await at(server).run("launch", launch_file(place, pool="broken"), "--json")
+    assert (as_json.code, as_json.out) == (FAILED, "")
+    assert json.loads(as_json.err)["runner"]["reason"] == "launch_rejected"
 
 
-async def test_the_same_key_launches_nothing_again(serve: Serve, slot: Path) -> None:
-    async with serve() as service:
-        run = at(service)
-        file = launch_file(slot, "exec sleep 600")
-        assert await run.launched(file, "--key", "k") == await run.launched(file, "--key", "k")
+async def test_the_same_key_launches_nothing_again(server: Served, place: Path) -> None:
+    run = at(server)
+    file = launch_file(place, "exec sleep 600")
+    assert await run.launched(file, "--key", "k") == await run.launched(file, "--key", "k")
 
 
-async def test_who_interrupts_a_wait_is_told_that_the_runner_goes_on(serve: Serve, slot: Path) -> None:
-    async with serve() as service:
-        with at(service).start("launch", "--wait", launch_file(slot, "touch up; exec sleep 600"), bufsize=1) as program:
-            assert program.stdout
-            assert program.stderr
-            runner_id = (await asyncio.to_thread(program.stdout.readline)).strip()
-            await until((slot / "up").exists)
-            program.send_signal(signal.SIGINT)
-            assert await asyncio.to_thread(program.wait, 20) == INTERRUPTED
-            assert f"interrupted; {runner_id} goes on" in program.stderr.read()
-        assert alive({"runner_id": runner_id})
+async def test_who_interrupts_a_wait_is_told_that_the_runner_goes_on(server: Served, place: Path) -> None:
+    with at(server).start("launch", "--wait", launch_file(place, "touch up; exec sleep 600"), bufsize=1) as program:
+        assert program.stdout
+        assert program.stderr
+        runner_id = (await asyncio.to_thread(program.stdout.readline)).strip()
+        await until((place / "up").exists)
+        program.send_signal(signal.SIGINT)
+        assert await asyncio.to_thread(program.wait, 20) == INTERRUPTED
+        assert f"interrupted; {runner_id} goes on" in program.stderr.read()
+    assert alive({"runner_id": runner_id})
 
 
 async def test_somebody_who_looks_sees_what_a_launch_waits_for(serve: Serve, slot: Path) -> None:
@@ -245,52 +256,49 @@ async def test_runners_are_listed_in_a_table_and_as_json(serve: Serve, slot: Pat
         assert (await run.run("ps", "--task-id", "8")).out == ""
 
 
-async def test_a_record_a_history_and_a_log_are_shown(serve: Serve, slot: Path) -> None:
-    async with serve() as service:
-        run = at(service)
-        script = "printf 'one\\ntwo [bold]\\n\\033[31mthree\\377'; exit 3"
-        runner_id = (await run.run("launch", "--wait", launch_file(slot, script))).out.strip()
-        shown = dict(line.split(":", 1) for line in (await run.run("show", runner_id)).out.splitlines())
-        assert (shown["state"].strip(), shown["exit_code"].strip()) == ("failed", "3")
-        assert (await run.run("show", runner_id, "--json")).json["reason"] == "exit_nonzero"
-        history = (await run.run("events", runner_id)).out.splitlines()
-        assert "finished" in history[-1]
-        assert "exit_nonzero" in history[-1]
-        assert [event["type"] for event in (await run.run("events", runner_id, "--json")).json][-1] == "finished"
-        output = slot / "output"
-        with output.open("w") as file, run.start("logs", runner_id, stdout=file):
-            pass
-        assert output.read_bytes() == b"one\ntwo [bold]\n\x1b[31mthree\xff"
-        lines = (await run.run("logs", runner_id, "-n", "2", "--json")).out.splitlines()
-        assert [json.loads(line)["line"] for line in lines] == ["two [bold]", "\x1b[31mthree\N{REPLACEMENT CHARACTER}"]
+async def test_a_record_a_history_and_a_log_are_shown(server: Served, place: Path) -> None:
+    run = at(server)
+    script = "printf 'one\\ntwo [bold]\\n\\033[31mthree\\377'; exit 3"
+    runner_id = (await run.run("launch", "--wait", launch_file(place, script))).out.strip()
+    shown = dict(line.split(":", 1) for line in (await run.run("show", runner_id)).out.splitlines())
+    assert (shown["state"].strip(), shown["exit_code"].strip()) == ("failed", "3")
+    assert (await run.run("show", runner_id, "--json")).json["reason"] == "exit_nonzero"
+    history = (await run.run("events", runner_id)).out.splitlines()
+    assert "finished" in history[-1]
+    assert "exit_nonzero" in history[-1]
+    assert [event["type"] for event in (await run.run("events", runner_id, "--json")).json][-1] == "finished"
+    output = place / "output"
+    with output.open("w") as file, run.start("logs", runner_id, stdout=file):
+        pass
+    assert output.read_bytes() == b"one\ntwo [bold]\n\x1b[31mthree\xff"
+    lines = (await run.run("logs", runner_id, "-n", "2", "--json")).out.splitlines()
+    assert [json.loads(line)["line"] for line in lines] == ["two [bold]", "\x1b[31mthree\N{REPLACEMENT CHARACTER}"]
 
 
-async def test_a_log_and_a_history_are_followed_to_the_runners_end(serve: Serve, slot: Path) -> None:
-    async with serve() as service:
-        run = at(service)
-        runner_id = await run.launched(launch_file(slot, f"echo one\n{WAITS}echo two"))
-        with run.start("logs", "-f", runner_id) as log, run.start("events", "-f", "--json", runner_id) as events:
-            assert log.stdout
-            assert events.stdout
-            assert await asyncio.to_thread(log.stdout.readline) == "one\n"
-            assert json.loads(await asyncio.to_thread(events.stdout.readline))["to"] == "starting"
-            (slot / "go").touch()
-            assert (await asyncio.to_thread(log.stdout.read)).startswith("two\n")
-            assert json.loads((await asyncio.to_thread(events.stdout.read)).splitlines()[-1])["to"] == "finished"
-        assert (log.returncode, events.returncode) == (OK, OK)
+async def test_a_log_and_a_history_are_followed_to_the_runners_end(server: Served, place: Path) -> None:
+    run = at(server)
+    runner_id = await run.launched(launch_file(place, f"echo one\n{WAITS}echo two"))
+    with run.start("logs", "-f", runner_id) as log, run.start("events", "-f", "--json", runner_id) as events:
+        assert log.stdout
+        assert events.stdout
+        assert await asyncio.to_thread(log.stdout.readline) == "one\n"
+        assert json.loads(await asyncio.to_thread(events.stdout.readline))["to"] == "starting"
+        (place / "go").touch()
+        assert (await asyncio.to_thread(log.stdout.read)).startswith("two\n")
+        assert json.loads((await asyncio.to_thread(events.stdout.read)).splitlines()[-1])["to"] == "finished"
+    assert (log.returncode, events.returncode) == (OK, OK)
 
 
-async def test_runners_are_stopped_one_that_is_none_notwithstanding(serve: Serve, slot: Path) -> None:
-    async with serve() as service:
-        run = at(service)
-        first = await run.launched(launch_file(slot, "touch up; exec sleep 600"))
-        second = await run.launched(launch_file(slot.parent / "slot-2", "exec sleep 600"))
-        await until((slot / "up").exists)
-        ended = await run.run("stop", first, "runner-000000000000", second, "--wait", "--grace", "5")
-        assert ended.code == NOT_FOUND
-        assert [line.split()[0] for line in ended.out.splitlines()] == [first, second]
-        assert "failed: cancelled: stopped by" in ended.out
-        assert not alive({"runner_id": second})
+async def test_runners_are_stopped_one_that_is_none_notwithstanding(server: Served, place: Path) -> None:
+    run = at(server)
+    first = await run.launched(launch_file(place, "touch up; exec sleep 600"))
+    second = await run.launched(launch_file(place.parent / f"{place.name}-2", "exec sleep 600"))
+    await until((place / "up").exists)
+    ended = await run.run("stop", first, "runner-000000000000", second, "--wait", "--grace", "5")
+    assert ended.code == NOT_FOUND
+    assert [line.split()[0] for line in ended.out.splitlines()] == [first, second]
+    assert "failed: cancelled: stopped by" in ended.out
+    assert not alive({"runner_id": second})
 
 
 async def test_pools_are_shown_and_switched(serve: Serve, slot: Path) -> None:
@@ -305,17 +313,16 @@ async def test_pools_are_shown_and_switched(serve: Serve, slot: Path) -> None:
         assert (await run.run("pools", "other", "--enable", "--json")).json["enabled"]
 
 
-async def test_whoever_stops_reading_is_not_bothered(serve: Serve, slot: Path) -> None:
-    async with serve() as service:
-        run = at(service)
-        runner_id = (await run.run("launch", "--wait", launch_file(slot, "yes | head -n 100000"))).out.strip()
-        with run.start("logs", runner_id) as program:
-            assert program.stdout
-            assert program.stderr
-            program.stdout.readline()
-            program.stdout.close()
-            assert await asyncio.to_thread(program.stderr.read) == ""
-        assert program.returncode == 141
+async def test_whoever_stops_reading_is_not_bothered(server: Served, place: Path) -> None:
+    run = at(server)
+    runner_id = (await run.run("launch", "--wait", launch_file(place, "yes | head -n 100000"))).out.strip()
+    with run.start("logs", runner_id) as program:
+        assert program.stdout
+        assert program.stderr
+        program.stdout.readline()
+        program.stdout.close()
+        assert await asyncio.to_thread(program.stderr.read) == ""
+    assert program.returncode == 141
 
 
 async def test_words_are_completed_from_what_the_service_has(serve: Serve, slot: Path) -> None:

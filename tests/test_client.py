@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+import pytest_asyncio
 from conftest import (
     TELL,
     Json,
@@ -21,6 +22,7 @@ from conftest import (
     alive,
     launch_body,
     local_pool,
+    served,
     told,
     until,
     write_pools,
@@ -55,17 +57,33 @@ async def launch(client: RunnerLauncherClient, body: Json, **options: Any) -> Ru
     return await client.launch(body["task"], body["slot"], body["pool"], **options)
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+    """One service for all that leave it as it is."""
+    pools = {"local": local_pool(max_concurrency=64), "broken": local_pool(command=["/no/such/program"])}
+    async with served(tmp_path_factory.mktemp("served"), pools) as server:
+        yield server
+
+
+@pytest.fixture
+def place(server: Served, tmp_path: Path) -> Path:
+    """A slot of this test's own on the shared service."""
+    place = server.output.parent / "slots" / tmp_path.name
+    place.mkdir(parents=True)
+    return place
+
+
 # A life.
 
 
-async def test_a_launch_gives_a_record_with_types_and_its_end_too(serve: Serve, slot: Path) -> None:
-    async with serve() as service, client_of(service) as client, service.client() as http:
-        runner = await launch(client, launch_body(slot, f"echo hello\n{WAITS}exit 3"))
+async def test_a_launch_gives_a_record_with_types_and_its_end_too(server: Served, place: Path) -> None:
+    async with client_of(server) as client, server.client() as http:
+        runner = await launch(client, launch_body(place, f"echo hello\n{WAITS}exit 3"))
         assert (runner.state, runner.accepted, runner.finished) == (RunnerState.RUNNING, True, False)
-        assert (runner.task_id, runner.pool_name, runner.slot_id) == ("7", "local", "slot-1")
+        assert (runner.task_id, runner.pool_name, runner.slot_id) == ("7", "local", place.name)
         assert runner.started_at
         assert abs((datetime.now(UTC) - runner.started_at).total_seconds()) < 10
-        (slot / "go").touch()
+        (place / "go").touch()
         ended = await client.wait(runner.runner_id)
         assert (ended.state, ended.reason, ended.exit_code, ended.retryable) == ("failed", "exit_nonzero", 3, False)
         assert await client.get(runner.runner_id) == ended
@@ -78,31 +96,31 @@ async def test_a_launch_gives_a_record_with_types_and_its_end_too(serve: Serve, 
         assert history[-1].to_phase == "finished"
 
 
-async def test_a_log_is_followed_as_it_is_written_and_to_its_end(serve: Serve, slot: Path) -> None:
-    async with serve() as service, client_of(service) as client:
-        runner = await launch(client, launch_body(slot, f"echo one; echo two\n{WAITS}printf three"))
+async def test_a_log_is_followed_as_it_is_written_and_to_its_end(server: Served, place: Path) -> None:
+    async with client_of(server) as client:
+        runner = await launch(client, launch_body(place, f"echo one; echo two\n{WAITS}printf three"))
         seen = b""
         async for piece in client.logs(runner.runner_id, tail=1, follow=True):
             seen += piece
             if seen == b"two\n":
-                (slot / "go").touch()
+                (place / "go").touch()
         assert seen.startswith(b"two\nthree")  # the service may add how it ended
         assert (await client.get(runner.runner_id)).finished
 
 
-async def test_changes_are_told_until_the_end(serve: Serve, slot: Path) -> None:
-    async with serve() as service, client_of(service) as client:
-        runner = await launch(client, launch_body(slot, WAITS))
+async def test_changes_are_told_until_the_end(server: Served, place: Path) -> None:
+    async with client_of(server) as client:
+        runner = await launch(client, launch_body(place, WAITS))
         states = []
         async for changed in client.changes(runner.runner_id):
             states.append(changed.state)
-            (slot / "go").touch()
+            (place / "go").touch()
         assert (states[0], states[-1]) == ("running", "completed")
 
 
-async def test_a_runner_is_stopped_and_a_wait_may_be_short(serve: Serve, slot: Path) -> None:
-    async with serve() as service, client_of(service) as client:
-        runner = await launch(client, launch_body(slot, "exec sleep 600"))
+async def test_a_runner_is_stopped_and_a_wait_may_be_short(server: Served, place: Path) -> None:
+    async with client_of(server) as client:
+        runner = await launch(client, launch_body(place, "exec sleep 600"))
         assert not (await client.wait(runner.runner_id, timeout=0.1)).finished
         assert (await client.stop(runner.runner_id, grace=5)).phase == "stopping"
         ended = await client.wait(runner.runner_id, timeout=10)
@@ -161,10 +179,10 @@ async def test_a_wait_that_runs_out_gives_the_record_as_it_is(serve: Serve, slot
         assert 1 < time.monotonic() - began < 5
 
 
-async def test_a_launch_that_cannot_work_tells_its_record_and_attempts(serve: Serve, slot: Path) -> None:
-    async with serve({"local": local_pool(command=["/no/such/program"])}) as service, client_of(service) as client:
+async def test_a_launch_that_cannot_work_tells_its_record_and_attempts(server: Served, place: Path) -> None:
+    async with client_of(server) as client:
         with pytest.raises(RunnerLaunchError, match="/no/such/program") as failed:
-            await launch(client, launch_body(slot))
+            await launch(client, launch_body(place, pool="broken"))
         error = failed.value
         assert error.runner
         assert (error.runner.state, error.runner.reason, error.retryable) == ("failed", "launch_rejected", False)
@@ -181,14 +199,14 @@ async def test_a_launch_that_fails_while_it_waits_in_the_queue_is_told_so(serve:
         assert failed.value.retryable
 
 
-async def test_the_same_key_launches_nothing_again(serve: Serve, slot: Path) -> None:
-    async with serve() as service, client_of(service) as client:
-        body = launch_body(slot, "exit 0")
+async def test_the_same_key_launches_nothing_again(server: Served, place: Path) -> None:
+    async with client_of(server) as client:
+        body = launch_body(place, "exit 0")
         first = await launch(client, body, key="one")
         await client.wait(first.runner_id)
         again = await launch(client, body, key="one")
         assert (again.runner_id, again.state) == (first.runner_id, "completed")
-        assert len([runner async for runner in client.list()]) == 1
+        assert len([runner async for runner in client.list(slot_id=place.name)]) == 1
 
 
 async def test_a_cancelled_launch_is_cancelled_and_its_runner_goes_on(serve: Serve, slot: Path) -> None:
@@ -209,11 +227,11 @@ async def anything(client: RunnerLauncherClient, **wanted: str) -> tuple[Runner,
 # Refusals.
 
 
-async def test_a_busy_slot_names_its_holder(serve: Serve, slot: Path) -> None:
-    async with serve() as service, client_of(service) as client:
-        holder = await launch(client, launch_body(slot, "exec sleep 600"))
+async def test_a_busy_slot_names_its_holder(server: Served, place: Path) -> None:
+    async with client_of(server) as client:
+        holder = await launch(client, launch_body(place, "exec sleep 600"))
         with pytest.raises(SlotBusyError, match=holder.runner_id) as busy:
-            await launch(client, launch_body(slot, "exec sleep 600"))
+            await launch(client, launch_body(place, "exec sleep 600"))
         assert busy.value.holder
         assert (busy.value.holder.runner_id, busy.value.status, busy.value.retryable) == (holder.runner_id, 409, True)
 
@@ -236,9 +254,9 @@ async def test_a_full_pool_that_has_room_again_takes_the_launch(serve: Serve, sl
         assert (await waiting).accepted
 
 
-async def test_what_is_wrong_is_told_with_its_place(serve: Serve, slot: Path) -> None:
-    async with serve() as service, client_of(service) as client:
-        body = launch_body(slot)
+async def test_what_is_wrong_is_told_with_its_place(server: Served, place: Path) -> None:
+    async with client_of(server) as client:
+        body = launch_body(place)
         body["slot"]["slot_path"] = "slot-1"
         with pytest.raises(InvalidRequestError, match="absolute") as invalid:
             await launch(client, body)
@@ -246,11 +264,11 @@ async def test_what_is_wrong_is_told_with_its_place(serve: Serve, slot: Path) ->
         assert (invalid.value.status, invalid.value.retryable) == (422, False)
         assert invalid.value.request_id
         with pytest.raises(InvalidRequestError, match="no pool named nope"):
-            await launch(client, launch_body(slot, pool="nope"))
+            await launch(client, launch_body(place, pool="nope"))
 
 
-async def test_what_is_not_there_is_not_found(serve: Serve) -> None:
-    async with serve() as service, client_of(service) as client:
+async def test_what_is_not_there_is_not_found(server: Served) -> None:
+    async with client_of(server) as client:
         for call in (client.get, client.stop, client.wait, client.history):
             with pytest.raises(NotFoundError, match="no runner a b"):
                 await call("a b")
@@ -346,36 +364,34 @@ class Proxy:
 
 
 @pytest.mark.parametrize("lost", [1, 3])
-async def test_a_launch_whose_answer_is_lost_is_repeated_and_gives_one_runner(serve: Serve, slot: Path, lost: int) -> None:
+async def test_a_launch_whose_answer_is_lost_is_repeated_for_one_runner(server: Served, place: Path, lost: int) -> None:
     async with (
-        serve() as service,
-        Proxy(service) as between,
-        RunnerLauncherClient(url=between.url, token=service.token) as client,
+        Proxy(server) as between,
+        RunnerLauncherClient(url=between.url, token=server.token) as client,
     ):
         between.cut = lost
-        runner = await launch(client, launch_body(slot, "echo started >>starts; exec sleep 600"))
+        runner = await launch(client, launch_body(place, "echo started >>starts; exec sleep 600"))
         assert sum(data.startswith(b"POST /runners ") for data in between.requests) == lost + 1
-        assert [each.runner_id async for each in client.list()] == [runner.runner_id]
-        assert await written(slot / "starts") == "started\n"
+        assert [each.runner_id async for each in client.list(slot_id=place.name)] == [runner.runner_id]
+        assert await written(place / "starts") == "started\n"
         assert alive(runner.to_dict())
 
 
-async def test_a_plain_launch_whose_answer_is_lost_gives_one_runner(serve: Serve, slot: Path) -> None:
-    body = launch_body(slot, "echo started >>starts; exec sleep 600")
-    async with serve() as service, Proxy(service) as between, client_of(service) as client:
+async def test_a_plain_launch_whose_answer_is_lost_gives_one_runner(server: Served, place: Path) -> None:
+    body = launch_body(place, "echo started >>starts; exec sleep 600")
+    async with Proxy(server) as between, client_of(server) as client:
         between.cut = 2
-        launcher = RunnerLauncher(url=between.url, token=service.token)
+        launcher = RunnerLauncher(url=between.url, token=server.token)
         runner = await asyncio.to_thread(launcher.launch, body["task"], body["slot"], body["pool"])
-        assert [each.runner_id async for each in client.list()] == [runner.runner_id]
+        assert [each.runner_id async for each in client.list(slot_id=place.name)] == [runner.runner_id]
 
 
-async def test_reads_and_stops_are_repeated_too(serve: Serve, slot: Path) -> None:
+async def test_reads_and_stops_are_repeated_too(server: Served, place: Path) -> None:
     async with (
-        serve() as service,
-        Proxy(service) as between,
-        RunnerLauncherClient(url=between.url, token=service.token) as client,
+        Proxy(server) as between,
+        RunnerLauncherClient(url=between.url, token=server.token) as client,
     ):
-        runner = await launch(client, launch_body(slot, "exec sleep 600"))
+        runner = await launch(client, launch_body(place, "exec sleep 600"))
         between.cut = 1
         assert (await client.get(runner.runner_id)).state == "running"
         between.cut = 1
@@ -402,7 +418,8 @@ async def test_a_log_that_is_cut_in_the_middle_is_no_end(serve: Serve, slot: Pat
     ):
         runner = await launch(client, launch_body(slot, "echo one; exec sleep 600"))
         with pytest.raises(UnavailableError):
-            await output(client, runner, lambda: service.process.send_signal(signal.SIGKILL))
+            await output(client, runner, service.process.kill)
+        await asyncio.to_thread(service.process.wait, 20)
     async with serve() as service, client_of(service) as client:
         await client.stop(runner.runner_id, grace=0)
 
@@ -558,37 +575,35 @@ class DispatchersSlot:
 
 def with_agent(slot: Path, script: str) -> DispatchersSlot:
     launch_body(slot, script)
-    return DispatchersSlot(slot)
+    return DispatchersSlot(slot, slot.name)
 
 
-async def test_a_dispatchers_own_objects_are_launched_and_told_to_the_runner(serve: Serve, slot: Path) -> None:
-    async with serve() as service:
-        launcher = RunnerLauncher(retry_attempts=3, url=service.url, token=service.token)
-        task, place = DispatchersTask(), with_agent(slot, f"{TELL}{WAITS}")
-        pool = AgentPool("local", PoolType.LOCAL_PROCESS, 2, config={"log_level": "DEBUG"})
-        runner = launcher.launch(task, place, pool)  # on a thread with a running loop, as the old one could be
-        assert (runner.task_id, runner.pool_name, runner.slot_id) == ("1.1", "local", "slot-1")
-        assert (runner.state, runner.state.value, bool(runner.pid)) == (RunnerState.RUNNING, "running", True)
-        assert isinstance(runner.started_at, datetime)
-        variables = await told(slot)
-        context = TaskContext.of(task, place)
-        assert variables["TASK_CONTEXT"] == context.to_json()
-        assert TaskContext.from_environment(variables) == context
-        assert TaskContext.from_environment({"TASK_CONTEXT_FILE": variables["TASK_CONTEXT_FILE"]}) == context
-        assert not launcher.wait(runner.runner_id, timeout=0).finished
-        (slot / "go").touch()
-        assert launcher.wait(runner.runner_id).state is RunnerState.COMPLETED
-        assert launcher.get(runner.runner_id).exit_code == 0
-        launcher.close()
+async def test_a_dispatchers_own_objects_are_launched_and_told_to_the_runner(server: Served, place: Path) -> None:
+    launcher = RunnerLauncher(retry_attempts=3, url=server.url, token=server.token)
+    task, workspace = DispatchersTask(), with_agent(place, f"{TELL}{WAITS}")
+    pool = AgentPool("local", PoolType.LOCAL_PROCESS, 2, config={"log_level": "DEBUG"})
+    runner = launcher.launch(task, workspace, pool)  # on a thread with a running loop, as the old one could be
+    assert (runner.task_id, runner.pool_name, runner.slot_id) == ("1.1", "local", place.name)
+    assert (runner.state, runner.state.value, bool(runner.pid)) == (RunnerState.RUNNING, "running", True)
+    assert isinstance(runner.started_at, datetime)
+    variables = await told(place)
+    context = TaskContext.of(task, workspace)
+    assert variables["TASK_CONTEXT"] == context.to_json()
+    assert TaskContext.from_environment(variables) == context
+    assert TaskContext.from_environment({"TASK_CONTEXT_FILE": variables["TASK_CONTEXT_FILE"]}) == context
+    assert not launcher.wait(runner.runner_id, timeout=0).finished
+    (place / "go").touch()
+    assert launcher.wait(runner.runner_id).state is RunnerState.COMPLETED
+    assert launcher.get(runner.runner_id).exit_code == 0
+    launcher.close()
 
 
-async def test_a_mapping_and_a_name_are_launched_as_well(serve: Serve, slot: Path) -> None:
-    async with serve() as service:
-        body = launch_body(slot, "exec sleep 600")
-        with RunnerLauncher(url=service.url, token=service.token) as launcher:
-            runner = launcher.launch(body["task"], body["slot"], "local")
-            assert launcher.stop(runner.runner_id, grace=0).phase == "stopping"
-            assert launcher.wait(runner.runner_id).reason == "cancelled"
+async def test_a_mapping_and_a_name_are_launched_as_well(server: Served, place: Path) -> None:
+    body = launch_body(place, "exec sleep 600")
+    with RunnerLauncher(url=server.url, token=server.token) as launcher:
+        runner = launcher.launch(body["task"], body["slot"], "local")
+        assert launcher.stop(runner.runner_id, grace=0).phase == "stopping"
+        assert launcher.wait(runner.runner_id).reason == "cancelled"
 
 
 async def test_every_way_a_launch_can_go_wrong_is_the_one_error_that_dispatchers_catch(serve: Serve, slot: Path) -> None:
