@@ -83,11 +83,14 @@ def serve() -> None:
 @cli.command(rich_help_panel="The service")
 def token() -> None:
     """Print the token with all rights, made at the service's first start."""
+    from app.errors import ConfigurationError
     from app.settings import load_settings
 
-    path = load_settings().state_dir / "token"
     try:
+        path = load_settings().state_dir / "token"
         typer.echo(path.read_text().strip())
+    except ConfigurationError as error:
+        sys.exit(f"runner-launcher: {error}")
     except OSError as error:
         sys.exit(f"runner-launcher: {path} cannot be read ({error.strerror}); start the service first")
 
@@ -111,7 +114,7 @@ def _talk(work: "Callable[[Terminal], Awaitable[int | None]]", *, as_json: bool,
     """Do something with the service, and end with the exit code that says how it went."""
     from runner_launcher_client import RunnerLauncherClient, RunnerLauncherError
 
-    from app.terminal import Terminal
+    from app.terminal import FAILED, Terminal
 
     terminal = Terminal(as_json=as_json)
 
@@ -132,6 +135,9 @@ def _talk(work: "Callable[[Terminal], Awaitable[int | None]]", *, as_json: bool,
     except BrokenPipeError:  # whoever read us has seen enough; what is left must not fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = BROKEN_PIPE
+    except OSError as error:
+        terminal.say(f"runner-launcher: {error}")
+        code = FAILED
     raise typer.Exit(code or 0)
 
 

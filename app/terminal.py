@@ -4,6 +4,7 @@ What was asked for goes to standard output, the story around it to standard erro
 wide as they need to be and nothing is coloured.
 """
 
+import io
 import json
 import logging
 import re
@@ -43,6 +44,9 @@ class Terminal:
     client: RunnerLauncherClient
 
     def __init__(self, *, as_json: bool) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a task's title may hold more than this terminal can show
         self._as_json = as_json
         self._out = _console(stderr=False)
         self._err = _console(stderr=True)

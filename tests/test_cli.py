@@ -224,14 +224,16 @@ async def test_each_kind_of_refusal_has_its_exit_code_and_one_line(serve: Serve,
             (run, ["pools", "nope"], NOT_FOUND, "no pool named nope"),
             (at(service, RUNNER_LAUNCHER_URL="nowhere"), ["ps"], REFUSED, "must look like http://host:port"),
         ]
-        for line, arguments, code, words in cases:
-            ended = await line.run(*arguments)
-            assert (ended.code, ended.out) == (code, ""), arguments
+
+        async def check(line: CommandLine, arguments: list[str], code: int, words: str) -> None:
+            ended, as_json = await asyncio.gather(line.run(*arguments), line.run(*arguments, "--json"))
+            assert (ended.code, ended.out, as_json.code) == (code, "", code), arguments
             assert words in ended.err, arguments
             assert [text.startswith("runner-launcher: ") for text in ended.err.splitlines()] == [True], ended.err
-            as_json = await line.run(*arguments, "--json")
-            assert as_json.code == code
             assert words in json.loads(as_json.err)["detail"]
+
+        for case in cases:
+            await check(*case)
     without = {"PATH": os.environ["PATH"], "RUNNER_LAUNCHER_STATE_DIR": str(tmp_path), "RUNNER_LAUNCHER_URL": service.url}
     away = await CommandLine(without).run("ps")
     assert away.code == UNAVAILABLE
@@ -287,6 +289,43 @@ async def test_a_log_and_a_history_are_followed_to_the_runners_end(server: Serve
         assert (await asyncio.to_thread(log.stdout.read)).startswith("two\n")
         assert json.loads((await asyncio.to_thread(events.stdout.read)).splitlines()[-1])["to"] == "finished"
     assert (log.returncode, events.returncode) == (OK, OK)
+
+
+async def test_what_happens_to_all_is_told_and_followed(server: Served, place: Path) -> None:
+    run = at(server)
+    past = await run.run("events", "--json")
+    if past.code == NOT_FOUND:
+        pytest.skip("this service does not tell of all events yet")
+    with run.start("events", "-f", "--json", bufsize=1) as follower:
+        assert follower.stdout
+        line = asyncio.create_task(asyncio.to_thread(follower.stdout.readline))
+        runner_ids = set()
+        while not line.done():  # it follows from when it has come to be, and does not say when that is
+            runner_ids.add((await run.run("launch", "--wait", launch_file(place))).out.strip())
+        assert json.loads(await line)["runner_id"] in runner_ids
+        follower.send_signal(signal.SIGINT)
+    assert follower.returncode == INTERRUPTED
+    told = (await run.run("events")).out
+    assert all(runner_id in told for runner_id in runner_ids)
+
+
+async def test_a_diagnosis_is_told_in_paragraphs(server: Served, place: Path) -> None:
+    run = at(server)
+    runner_id = (await run.run("launch", "--wait", launch_file(place, "echo oh no; exit 3"))).out.strip()
+    told = await run.run("diagnose", runner_id)
+    if "does not know" in told.err:
+        pytest.skip("this service gives no diagnosis yet")
+    assert told.code == OK
+    assert "What to do: " in told.out
+    assert "oh no" in told.out
+    assert (await run.run("diagnose", runner_id, "--json")).json["reason"] == "exit_nonzero"
+
+
+async def test_what_a_terminal_cannot_show_is_shown_as_well_as_it_can(server: Served, place: Path) -> None:
+    run = at(server, PYTHONIOENCODING="ascii")
+    ended = await run.run("launch", "--wait", launch_file(place, slot_id="плотник"))
+    assert ended.code == OK
+    assert "???????" in (await run.run("ps", "-a", "--slot-id", "плотник")).out
 
 
 async def test_runners_are_stopped_one_that_is_none_notwithstanding(server: Served, place: Path) -> None:
@@ -357,3 +396,11 @@ def test_who_serves_loads_no_terminal_and_who_asks_no_server() -> None:
 
     assert not {"rich", "httpx", "runner_launcher_client"} & loaded("import app.cli, app.server")
     assert not {"fastapi", "uvicorn", "sqlalchemy", "pydantic"} & loaded("import app.cli, app.terminal")
+
+
+async def test_a_token_that_cannot_be_told_is_told_in_a_line(tmp_path: Path) -> None:
+    for setting, words in (("LISTEN", "RUNNER_LAUNCHER_LISTEN: must look like"), ("STATE_DIR", "start the service first")):
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), f"RUNNER_LAUNCHER_{setting}": "nowhere"}
+        ended = await CommandLine(environment).run("token")
+        assert (ended.code, ended.out, len(ended.err.splitlines())) == (1, "", 1)
+        assert words in ended.err

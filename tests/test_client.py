@@ -525,8 +525,7 @@ async def test_all_events_are_streamed_and_taken_up_again_after_a_kill(serve: Se
     async with serve(LISTEN=listen) as service, client_of(service, patience=30) as client:
         await has_events(client)
 
-        watching = asyncio.create_task(collect(client.events(), seen))
-        await asyncio.sleep(0.3)
+        watching = asyncio.create_task(collect(client.events(after=0), seen))
         first = await launch(client, launch_body(slot))
         await client.wait(first.runner_id)
         await until(lambda: seen and seen[-1].to_phase == "finished")
