@@ -208,9 +208,17 @@ class Terminal:
         if self._as_json:
             self._json([engine.to_dict() for engine in found])
         else:
-            heads = list(dict.fromkeys(name for engine in found for name in engine.to_dict()))
-            rows = ([_short(engine.to_dict().get(name)) for name in heads] for engine in found)
-            self._table([head.upper().replace("_", " ") for head in heads], rows, empty="no engine is in use")
+            rows = (
+                (
+                    engine.name,
+                    ", ".join(engine.pools),
+                    Text("yes", style="green") if engine.answers else Text("no", style="red"),
+                    "" if engine.age_seconds is None else f"{engine.age_seconds:.0f}s ago",
+                    engine.problem or _short(engine.details),
+                )
+                for engine in found
+            )
+            self._table(("ENGINE", "POOLS", "ANSWERS", "HEARD", "WHAT"), rows, empty="no engine is in use")
 
     # What goes on.
 

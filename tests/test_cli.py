@@ -321,6 +321,18 @@ async def test_a_diagnosis_is_told_in_paragraphs(server: Served, place: Path) ->
     assert (await run.run("diagnose", runner_id, "--json")).json["reason"] == "exit_nonzero"
 
 
+async def test_engines_are_shown(server: Served) -> None:
+    run = at(server)
+    told = await run.run("engines")
+    if told.code == NOT_FOUND:
+        pytest.skip("this service does not tell of its engines yet")
+    head, row = told.out.splitlines()
+    assert head.split() == ["ENGINE", "POOLS", "ANSWERS", "HEARD", "WHAT"]
+    assert "broken, local" in row or "local, broken" in row
+    assert " yes " in row
+    assert (await run.run("engines", "--json")).json[0]["answers"] is True
+
+
 async def test_what_a_terminal_cannot_show_is_shown_as_well_as_it_can(server: Served, place: Path) -> None:
     run = at(server, PYTHONIOENCODING="ascii")
     ended = await run.run("launch", "--wait", launch_file(place, slot_id="плотник"))

@@ -188,9 +188,15 @@ class PoolStatus(Record):
 
 @dataclass(frozen=True)
 class Engine(Record):
-    """What launchers talk to, and whether it answers; what else the service tells of it is in ``extra``."""
+    """What launchers talk to, as the service last heard of it; ``details`` say what it is and can do."""
 
     name: str
+    pools: tuple[str, ...] = field(default=(), metadata=_as(tuple, list))
+    answers: bool = True
+    answered_at: datetime | None = field(default=None, metadata=_TIME)
+    age_seconds: float | None = None
+    problem: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
