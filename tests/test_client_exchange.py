@@ -51,7 +51,7 @@ def failed(reason: str, *, retryable: bool) -> httpx.Response:
     return refused(503, reason, retryable=retryable, runner=runner)
 
 
-def play(steps: Exchange[Any], *answers: httpx.Response | httpx.TransportError) -> tuple[Any, list[Call], list[float]]:
+def play(steps: Exchange[Any], *answers: httpx.Response | httpx.RequestError) -> tuple[Any, list[Call], list[float]]:
     """Take an exchange's steps with these answers, in no time; give its result or error, its calls and its pauses."""
     calls: list[Call] = []
     pauses: list[float] = []
@@ -82,7 +82,7 @@ def conversation(**patience: Any) -> Conversation:  # noqa: ANN401 - as Patience
 
 
 def test_a_launch_is_repeated_under_its_key_until_it_is_answered() -> None:
-    troubles: list[httpx.Response | httpx.TransportError] = [httpx.ReadTimeout(""), answer(502, "<html>"), answer(504)]
+    troubles: list[httpx.Response | httpx.RequestError] = [httpx.ReadTimeout(""), answer(502, "<html>"), answer(504)]
     troubles.append(refused(503, "draining", retryable=True))
     runner, calls, pauses = play(conversation().launch(LAUNCH), *troubles, answer(201, RUNNER))
     assert runner == Runner.from_dict(RUNNER)
@@ -162,6 +162,27 @@ def test_a_poll_that_is_answered_too_soon_is_not_repeated_at_once() -> None:
     _, _, pauses = play(steps, answer(200, RUNNER, ETag='W/"3"'), answer(304), answer(304), answer(200, ended))
     assert len(pauses) == 2
     assert all(0.1 <= pause <= 0.5 for pause in pauses)
+
+
+def test_a_service_that_does_not_wait_at_all_is_polled_gently() -> None:
+    steps = conversation().finished("runner-0123456789ab")
+    ended = {**RUNNER, "state": "completed", "revision": 4}
+    _, calls, pauses = play(steps, answer(200, RUNNER), answer(200, RUNNER), answer(200, ended))
+    assert (len(pauses), calls[1].headers["If-None-Match"]) == (1, 'W/"0"')
+
+
+def test_a_key_that_no_header_can_carry_is_refused() -> None:
+    for key in ("schlüssel", "two\nlines"):
+        error, calls, _ = play(conversation().launch(LAUNCH, key=key))
+        assert isinstance(error, InvalidRequestError)
+        assert calls == []
+
+
+def test_a_problem_that_is_none_is_told_all_the_same() -> None:
+    for odd in ({"runner": {"state": "odd"}}, {"runner": 7}, {"errors": [7]}, {"errors": {}}, {"detail": None}):
+        error, _, _ = play(conversation().launch(LAUNCH), answer(422, odd))
+        assert isinstance(error, InvalidRequestError)
+        assert str(error)
 
 
 def test_refusals_that_are_for_good_are_not_repeated() -> None:

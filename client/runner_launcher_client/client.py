@@ -100,7 +100,7 @@ class RunnerLauncherClient:
 
     async def changes(self, runner_id: str) -> AsyncGenerator[Runner]:
         """Give a runner as it is now, and again after each change until it has ended. Changes close together may be one."""
-        tag = None
+        tag: str | None = None
         while True:
             changed = await self._take(self._calls.change(runner_id, tag, WAIT_SECONDS))
             if changed:
@@ -160,7 +160,7 @@ class RunnerLauncherClient:
         try:
             async for piece in response.aiter_bytes():
                 yield piece
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise unreachable(self._address, error) from error
         finally:
             await response.aclose()
@@ -195,7 +195,7 @@ class RunnerLauncherClient:
                 headers["Last-Event-ID"] = str(after)
             response = await self._open(Call("GET", "/events", headers=headers), trouble, silence=SILENCE_SECONDS)
             opened = time.monotonic()
-            cut: httpx.TransportError = httpx.RemoteProtocolError("the event stream ended")
+            cut: httpx.RequestError = httpx.RemoteProtocolError("the event stream ended")
             try:
                 if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
                     raise UnavailableError(f"{response.request.url} is no event stream", code="not-understood")
@@ -204,7 +204,7 @@ class RunnerLauncherClient:
                     if event:
                         trouble.over()
                         yield event
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 cut = error
             finally:
                 await response.aclose()
@@ -247,7 +247,7 @@ class RunnerLauncherClient:
                     continue
                 try:
                     response = await self._http.request(**step.arguments())
-                except httpx.TransportError as error:
+                except httpx.RequestError as error:
                     step = steps.throw(error)
                 else:
                     step = steps.send(response)
@@ -265,7 +265,7 @@ class RunnerLauncherClient:
                 if response.is_success:
                     return response
                 await response.aread()
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 delay = trouble.with_transport(error)
             else:
                 delay = trouble.with_answer(response)

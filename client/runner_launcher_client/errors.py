@@ -151,7 +151,7 @@ _KINDS: dict[int, type[RunnerLauncherError]] = {
 def refusal(response: httpx.Response) -> RunnerLauncherError:
     """Read an answer that is not the one hoped for; its body must have been read."""
     problem = _problem(response)
-    runner = Runner.from_dict(problem["runner"]) if problem.get("runner") else None
+    runner = _runner(problem.get("runner"))
     code = str(problem["code"]) if "code" in problem else None
     kind = _KINDS.get(response.status_code, RunnerLauncherError)
     if code == SlotBusyError.code:
@@ -167,7 +167,7 @@ def refusal(response: httpx.Response) -> RunnerLauncherError:
         status=response.status_code,
         retryable=bool(problem.get("retryable", kind in {PoolFullError, UnavailableError})),
         retry_after=_seconds(response.headers.get("Retry-After", "")),
-        faults=[Fault(str(each.get("pointer", "")), str(each.get("detail", ""))) for each in problem.get("errors") or ()],
+        faults=_faults(problem.get("errors")),
         runner=runner,
         request_id=problem.get("request_id"),
     )
@@ -179,6 +179,18 @@ def _problem(response: httpx.Response) -> dict[str, Any]:
     except ValueError:
         return {}
     return problem if isinstance(problem, dict) else {}
+
+
+def _runner(told: object) -> Runner | None:
+    try:
+        return Runner.from_dict(told) if isinstance(told, dict) else None
+    except (TypeError, ValueError):
+        return None
+
+
+def _faults(told: object) -> list[Fault]:
+    each = [fault for fault in told if isinstance(fault, dict)] if isinstance(told, list) else []
+    return [Fault(str(fault.get("pointer", "")), str(fault.get("detail", ""))) for fault in each]
 
 
 def _unexplained(response: httpx.Response) -> str:

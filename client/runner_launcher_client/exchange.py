@@ -24,6 +24,7 @@ import httpx
 
 from runner_launcher_client.address import Address
 from runner_launcher_client.errors import (
+    InvalidRequestError,
     NotPermittedError,
     RunnerLauncherError,
     RunnerLaunchError,
@@ -119,20 +120,23 @@ class Conversation:
 
     def launch(self, request: Mapping[str, Any], *, key: str | None = None, wait: float | None = None) -> Exchange[Runner]:
         """Launch a runner, and give it once its engine has accepted it, or as it is after ``wait`` seconds."""
+        key = str(uuid.uuid4()) if key is None else key
+        if not (key.isascii() and key.isprintable()):
+            raise InvalidRequestError(f"the idempotency key {key!r} cannot travel in a header: printable ASCII can")
         until = _Until(wait)
         seconds = until.next()
         call = Call(
             "POST",
             "/runners",
             headers={
-                "Idempotency-Key": key or str(uuid.uuid4()),
+                "Idempotency-Key": key,
                 "Prefer": f"wait={seconds}" if seconds else "respond-async",
             },
             body=request,
             wait=seconds,
         )
         runner = _read(Runner, (yield from self.ask(call)))
-        tag = None
+        tag: str | None = None
         while not (runner.accepted or runner.finished or until.over):
             changed = yield from self.change(runner.runner_id, tag, until.next())
             runner, tag = changed or (runner, tag)
@@ -160,13 +164,16 @@ class Conversation:
         """Give a runner as it is now."""
         return _read(Runner, (yield from self.ask(Call("GET", _runner(runner_id)))))
 
-    def change(self, runner_id: str, tag: str | None, wait: int) -> Exchange[tuple[Runner, str | None] | None]:
+    def change(self, runner_id: str, tag: str | None, wait: int) -> Exchange[tuple[Runner, str] | None]:
         """Give a runner that is not as it was under this tag, with its tag; None if it stays so for ``wait`` seconds."""
         headers = {"If-None-Match": tag, "Prefer": f"wait={wait}"} if tag else {}
         asked = time.monotonic()
         response = yield from self.ask(Call("GET", _runner(runner_id), headers=headers, wait=wait))
         if response.status_code != httpx.codes.NOT_MODIFIED:
-            return _read(Runner, response), response.headers.get("ETag")
+            runner = _read(Runner, response)
+            now = response.headers.get("ETag") or f'W/"{runner.revision}"'
+            if now != tag:
+                return runner, now
         if time.monotonic() - asked < wait / 2:  # it does not wait for us now: it goes down, or something stands between
             yield Pause(random.uniform(0.1, 0.5))  # noqa: S311 - spreads load
         return None
@@ -174,7 +181,8 @@ class Conversation:
     def finished(self, runner_id: str, timeout: float | None = None) -> Exchange[Runner]:
         """Give a runner once it has ended, or as it is after ``timeout`` seconds."""
         until = _Until(timeout)
-        runner, tag = None, None
+        runner: Runner | None = None
+        tag: str | None = None
         while runner is None or not (runner.finished or until.over):
             changed = yield from self.change(runner_id, tag, until.next())
             runner, tag = changed or (runner, tag)
@@ -208,7 +216,7 @@ class Conversation:
         while True:
             try:
                 response = yield call
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 delay = trouble.with_transport(error)
             else:
                 if response is None:
@@ -233,7 +241,7 @@ class Trouble:
         """Forget it: the service has answered."""
         self._failures = self._refusals = 0
 
-    def with_transport(self, error: httpx.TransportError) -> float:
+    def with_transport(self, error: httpx.RequestError) -> float:
         """Count a request that got no answer."""
         told = unreachable(self._address, error)
         if isinstance(error, _NEVER):
@@ -243,7 +251,7 @@ class Trouble:
     def with_answer(self, response: httpx.Response) -> float:
         """Count an answer that is a refusal; raises it at once if the same request would be refused again."""
         refused = refusal(response)
-        if isinstance(refused, NotPermittedError) and not self._address.token:
+        if response.status_code == httpx.codes.UNAUTHORIZED and not self._address.token:
             raise NotPermittedError(f"a token is needed: {self._address.missing}", code=refused.code, status=refused.status)
         if response.status_code not in _AGAIN or isinstance(refused, RunnerLaunchError):
             raise refused
@@ -281,7 +289,7 @@ class _Until:
         return 0 if left <= 0 else max(1, min(WAIT_SECONDS, int(left)))
 
 
-def unreachable(address: Address, error: httpx.TransportError) -> UnavailableError:
+def unreachable(address: Address, error: httpx.RequestError) -> UnavailableError:
     """Say that there was no answer, and why."""
     return UnavailableError(f"no answer from {address.url}: {_why(error)}", code="unreachable", retryable=True)
 

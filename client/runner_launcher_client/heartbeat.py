@@ -7,6 +7,7 @@ RUNNER_LAUNCHER_URL, which there means the service as it is reached from where t
 import os
 import threading
 from collections.abc import Mapping
+from functools import cached_property
 from types import TracebackType
 from typing import Self
 
@@ -38,16 +39,18 @@ class Heartbeat:
         """Whether this is a runner's environment."""
         return bool(self._runner_id and self._token and self._url)
 
+    @cached_property
+    def _http(self) -> httpx.Client:
+        # Not through a proxy of the environment: the service wrote this address for this place.
+        return httpx.Client(timeout=ANSWER_SECONDS, trust_env=False)
+
     def beat(self) -> bool:
         """Tell once that this runner lives; says whether the service has heard it."""
         if not self.needed:
             return False
         url = f"{self._url.rstrip('/')}/runners/{self._runner_id}/heartbeat"
         try:
-            # Not through a proxy of the environment: the service wrote this address for this place.
-            answer = httpx.post(
-                url, headers={"Authorization": f"Bearer {self._token}"}, timeout=ANSWER_SECONDS, trust_env=False
-            )
+            answer = self._http.post(url, headers={"Authorization": f"Bearer {self._token}"})
             self.last_error = None if answer.is_success else f"{answer.status_code} {answer.reason_phrase}"
         except httpx.HTTPError as error:
             self.last_error = str(error) or type(error).__name__

@@ -96,7 +96,7 @@ class RunnerLauncher:
                     continue
                 try:
                     response = self._http.request(**step.arguments())
-                except httpx.TransportError as error:
+                except httpx.RequestError as error:
                     step = steps.throw(error)
                 else:
                     step = steps.send(response)
