@@ -179,7 +179,8 @@ def test_a_key_that_no_header_can_carry_is_refused() -> None:
 
 
 def test_a_problem_that_is_none_is_told_all_the_same() -> None:
-    for odd in ({"runner": {"state": "odd"}}, {"runner": 7}, {"errors": [7]}, {"errors": {}}, {"detail": None}):
+    odds: list[object] = [{"runner": {"state": "odd"}}, {"runner": 7}, {"errors": [7]}, {"errors": {}}, {"detail": None}, [7]]
+    for odd in odds:
         error, _, _ = play(conversation().launch(LAUNCH), answer(422, odd))
         assert isinstance(error, InvalidRequestError)
         assert str(error)
