@@ -86,9 +86,7 @@ class Terminal:
                 number += 1
                 if number == limit:
                     break
-        runners.sort(
-            key=lambda runner: (runner.created_at or datetime.min.replace(tzinfo=UTC), runner.revision), reverse=True
-        )
+        runners.sort(key=lambda runner: (runner.created_at or LONG_AGO, runner.revision), reverse=True)
         del runners[limit:]
         if self._as_json:
             self._json([runner.to_dict() for runner in runners])

@@ -126,6 +126,15 @@ def test_a_launch_that_may_pass_is_made_anew_under_another_key_as_often_as_was_a
     assert runner.accepted
 
 
+def test_a_service_that_restarts_is_no_attempt_and_a_full_pool_is_one() -> None:
+    draining, full = refused(503, "draining", retryable=True), refused(429, "pool-full", retryable=True)
+    patience = conversation(refusals=2)
+    runner, _, _ = play(patience.launch(LAUNCH), *[draining] * 5, full, httpx.ReadTimeout(""), answer(201, RUNNER))
+    assert runner.accepted
+    error, _, _ = play(patience.launch(LAUNCH), full, draining, full)
+    assert isinstance(error, PoolFullError)
+
+
 def test_a_launch_that_cannot_work_is_not_made_anew() -> None:
     error, calls, _ = play(conversation().launch_again(LAUNCH, attempts=3), failed("launch_rejected", retryable=False))
     assert isinstance(error, RunnerLaunchError)
@@ -179,7 +188,14 @@ def test_a_key_that_no_header_can_carry_is_refused() -> None:
 
 
 def test_a_problem_that_is_none_is_told_all_the_same() -> None:
-    odds: list[object] = [{"runner": {"state": "odd"}}, {"runner": 7}, {"errors": [7]}, {"errors": {}}, {"detail": None}, [7]]
+    odds: list[object] = [
+        {"runner": {"state": "odd"}},
+        {"runner": 7},
+        {"errors": [7]},
+        {"errors": {}},
+        {"detail": None},
+        [7],
+    ]
     for odd in odds:
         error, _, _ = play(conversation().launch(LAUNCH), answer(422, odd))
         assert isinstance(error, InvalidRequestError)

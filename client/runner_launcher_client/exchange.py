@@ -26,6 +26,7 @@ from runner_launcher_client.address import Address
 from runner_launcher_client.errors import (
     InvalidRequestError,
     NotPermittedError,
+    PoolFullError,
     RunnerLauncherError,
     RunnerLaunchError,
     UnavailableError,
@@ -92,7 +93,7 @@ Exchange = Generator[Call | Pause, httpx.Response | None, T]
 class Patience:
     """How long a service that is away or busy is asked again, in seconds from the first failure.
 
-    ``refusals``: how often it may say that it is busy; None: as often as there is time for.
+    ``refusals``: how often a pool may be full; None: as often as there is time for.
     """
 
     seconds: float = 60.0
@@ -255,7 +256,7 @@ class Trouble:
             raise NotPermittedError(f"a token is needed: {self._address.missing}", code=refused.code, status=refused.status)
         if response.status_code not in _AGAIN or isinstance(refused, RunnerLaunchError):
             raise refused
-        self._refusals += 1
+        self._refusals += isinstance(refused, PoolFullError)
         return self._again(refused, None)
 
     def _again(self, error: RunnerLauncherError, cause: Exception | None) -> float:
