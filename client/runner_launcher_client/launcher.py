@@ -19,9 +19,10 @@ T = TypeVar("T")
 class RunnerLauncher:
     """Launches runners, synchronously; may be used by several threads, and inside a running event loop, which it blocks.
 
-    ``retry_attempts`` is how often a launch is tried when its pool is full, or it fails for a cause that can pass, such as an
-    engine that is away. A service that does not answer, or restarts, is another matter: that is tried for
-    ``patience_seconds``, under one key, so it costs no second runner. Address and token come from the environment unless given.
+    ``retry_attempts`` is how often a launch is tried when its pool is full, or it fails for a cause that can pass, such as
+    an engine that is away. A service that does not answer, or restarts, is another matter: that is tried for
+    ``patience_seconds``, under one key, so it costs no second runner. Address and token come from the environment unless
+    given.
     """
 
     def __init__(
