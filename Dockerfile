@@ -10,7 +10,7 @@ RUN /venv/bin/pip install --no-cache-dir --require-hashes -r requirements.txt
 FROM build AS test
 COPY requirements-dev.txt .
 RUN /venv/bin/pip install --no-cache-dir --require-hashes -r requirements-dev.txt
-ENV PATH=/venv/bin:$PATH PYTHONPATH=/copy/project
+ENV PATH=/venv/bin:$PATH PYTHONPATH=/copy/project:/copy/project/client
 
 FROM ${BASE_IMAGE} AS runtime
 RUN apt-get update -qq \
@@ -20,6 +20,7 @@ RUN apt-get update -qq \
 WORKDIR /app
 COPY --from=build /venv /venv
 COPY app app
+COPY client/runner_launcher_client runner_launcher_client
 ENV PATH=/venv/bin:$PATH PYTHONPATH=/app RUNNER_LAUNCHER_LISTEN=0.0.0.0:8080
 USER launcher
 EXPOSE 8080

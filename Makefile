@@ -6,11 +6,12 @@ BIN := .venv/bin
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
-.venv/ready: requirements-dev.txt pyproject.toml
+.venv/ready: requirements-dev.txt pyproject.toml client/pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; name one with make PYTHON=...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	  -e client -e .
 	@touch $@
 
 demo: .venv/ready ## launch the example agent on a git slot, over HTTP, and watch it to its end
@@ -45,9 +46,9 @@ openapi: .venv/ready ## write openapi/ anew from the app
 lock: .venv/ready ## pin every dependency again, with hashes
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header \
-	  --all-extras pyproject.toml -o requirements.txt --upgrade
+	  --no-emit-package runner-launcher-client --all-extras pyproject.toml -o requirements.txt --upgrade
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header \
-	  --all-extras --group dev pyproject.toml -c requirements.txt -o requirements-dev.txt --upgrade
+	  --no-emit-package runner-launcher-client --all-extras --group dev pyproject.toml -c requirements.txt -o requirements-dev.txt --upgrade
 
 clean: ## remove what make made
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,32 +1,47 @@
-"""The command line."""
+"""The command line: its verbs and their options. What a verb does is in ``server`` and ``terminal``.
+
+Both are imported by the verbs that need them: who starts the service needs no terminal, and who asks it needs no server.
+Exit codes are a contract with scripts; they are listed in the README.
+"""
 
 import asyncio
-import logging
-import signal
-import socket
+import contextlib
+import json
+import os
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Annotated
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import uvicorn
-import yaml
-from fastapi import FastAPI
-from typing_extensions import override
 
 from app import __version__
-from app.errors import ConfigurationError
-from app.main import create_app
-from app.service import RunnerService
-from app.settings import Settings, load_settings
 
-log = logging.getLogger("app")
+if TYPE_CHECKING:
+    from runner_launcher_client import RunnerLauncherClient
 
-GRACEFUL_SECONDS = 10
-BACKLOG = 2048
+    from app.terminal import Terminal
 
-cli = typer.Typer(no_args_is_help=True, add_completion=False, help="Starts AI coding agents, and never loses one.")
+USAGE = 2
+REFUSED = 3
+NOT_FOUND = 4
+UNAVAILABLE = 5
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+ASKING_SECONDS = 5.0
+"""How long somebody who reads waits for a service that does not answer."""
+
+GOING_ON_SECONDS = 60.0
+"""How long what changes something, or follows, waits for it."""
+
+cli = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Starts AI coding agents, and never loses one.",
+    epilog="The service is found by RUNNER_LAUNCHER_URL and RUNNER_LAUNCHER_TOKEN, or RUNNER_LAUNCHER_STATE_DIR.",
+)
 
 
 def _tell_version(wanted: bool) -> None:  # noqa: FBT001 - as typer calls it
@@ -45,9 +60,18 @@ def _common(
     pass
 
 
-@cli.command()
+# The service.
+
+
+@cli.command(rich_help_panel="The service")
 def serve() -> None:
     """Start the service; its settings come from RUNNER_LAUNCHER_* variables."""
+    import logging
+
+    from app.errors import ConfigurationError
+    from app.server import serve_until_told
+    from app.settings import load_settings
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
@@ -56,102 +80,262 @@ def serve() -> None:
         sys.exit(f"runner-launcher: {error}")
 
 
-@cli.command()
+@cli.command(rich_help_panel="The service")
 def token() -> None:
     """Print the token with all rights, made at the service's first start."""
-    path = load_settings().state_dir / "token"
+    from app.errors import ConfigurationError
+    from app.settings import load_settings
+
     try:
+        path = load_settings().state_dir / "token"
         typer.echo(path.read_text().strip())
+    except ConfigurationError as error:
+        sys.exit(f"runner-launcher: {error}")
     except OSError as error:
         sys.exit(f"runner-launcher: {path} cannot be read ({error.strerror}); start the service first")
 
 
-@cli.command()
+@cli.command(rich_help_panel="The service")
 def openapi() -> None:
     """Print the description of the HTTP interface."""
+    import yaml
+
+    from app.main import create_app
+    from app.settings import Settings
+
     description = create_app(Settings.model_construct()).openapi()
     typer.echo(yaml.safe_dump(description, sort_keys=False, allow_unicode=True, width=120), nl=False)
 
 
-class _Server(uvicorn.Server):
-    """A server that takes its signals from us and lets streams end with a farewell before it closes connections."""
-
-    def __init__(self, config: uvicorn.Config, service: RunnerService) -> None:
-        super().__init__(config)
-        self._service = service
-
-    @override
-    def capture_signals(self) -> nullcontext[None]:  # type: ignore[override] # ours outlive the server
-        return nullcontext()
-
-    @override
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._service.draining.set()
-        await super().shutdown(sockets)
+# Talking to it.
 
 
-async def serve_until_told(settings: Settings, create: Callable[..., FastAPI] = create_app) -> None:
-    """Serve an application until a signal ends it. Raises ConfigurationError."""
-    listener = _listen(settings)
-    host, port = listener.getsockname()[:2]
-    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else f'[{host}]' if ':' in host else host}:{port}"  # noqa: S104
-    app = create(settings, url=url)
-    async with app.router.lifespan_context(app):
-        config = uvicorn.Config(
-            app,
-            lifespan="off",  # opened here, so that what goes wrong there is told in one line
-            http="httptools",
-            loop="asyncio",  # uvloop starts processes by a slow fork
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=GRACEFUL_SECONDS,
-        )
-        server = _Server(config, app.state.service)
-        _handle_signals(server, app, settings)
-        log.info("listening on %s; the token is in %s", url, settings.state_dir / "token")
-        await server.serve(sockets=[listener])
+def _talk(work: "Callable[[Terminal], Awaitable[int | None]]", *, as_json: bool, patience: float = ASKING_SECONDS) -> None:
+    """Do something with the service, and end with the exit code that says how it went."""
+    from runner_launcher_client import RunnerLauncherClient, RunnerLauncherError
 
+    from app.terminal import FAILED, Terminal
 
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sends at once only where this is said
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    terminal = Terminal(as_json=as_json)
+
+    async def go() -> int | None:
+        async with RunnerLauncherClient(patience_seconds=patience) as client:
+            terminal.client = client
+            return await work(terminal)
+
     try:
-        listener.bind((settings.host, settings.port))
-        listener.listen(BACKLOG)  # from here on a client waits, and is not refused
+        code = asyncio.run(go())
+        sys.stdout.flush()
+    except RunnerLauncherError as error:
+        terminal.refuse(error)
+        code = _exit_code(error)
+    except KeyboardInterrupt:
+        terminal.say("interrupted" + (f"; {terminal.going_on} goes on" if terminal.going_on else ""))
+        code = INTERRUPTED
+    except BrokenPipeError:  # whoever read us has seen enough; what is left must not fail at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = BROKEN_PIPE
     except OSError as error:
-        listener.close()
-        raise ConfigurationError(f"RUNNER_LAUNCHER_LISTEN: cannot listen on {settings.listen}: {error.strerror}") from error
-    return listener
+        terminal.say(f"runner-launcher: {error}")
+        code = FAILED
+    raise typer.Exit(code or 0)
 
 
-def _handle_signals(server: _Server, app: FastAPI, settings: Settings) -> None:
-    loop = asyncio.get_running_loop()
+def _exit_code(error: Exception) -> int:
+    from runner_launcher_client import NotFoundError, RunnerLaunchError, UnavailableError
 
-    def end() -> None:
-        server.force_exit = server.should_exit
-        server.should_exit = True
+    from app.terminal import FAILED
 
-    async def reload() -> None:
-        service: RunnerService = app.state.service
-        try:
-            await service.reload_pools(settings.pools_file)
-        except ConfigurationError as error:
-            log.error("the pools stay as they were: %s", error)  # noqa: TRY400 - it says all there is
-        else:
-            log.info("the pools were read again")
+    match error:
+        case RunnerLaunchError():
+            return FAILED
+        case NotFoundError():
+            return NOT_FOUND
+        case UnavailableError():
+            return UNAVAILABLE
+        case _:
+            return REFUSED
 
-    reloads: set[asyncio.Task[None]] = set()
 
-    def hang_up() -> None:
-        task = asyncio.create_task(reload())
-        reloads.add(task)
-        task.add_done_callback(reloads.discard)
+def _suggest(ask: "Callable[[RunnerLauncherClient], Awaitable[list[str]]]", incomplete: str) -> list[str]:
+    """Complete a word by asking the service; whatever goes wrong, there are no suggestions."""
+    from runner_launcher_client import RunnerLauncherClient, RunnerLauncherError
 
-    loop.add_signal_handler(signal.SIGTERM, end)
-    loop.add_signal_handler(signal.SIGINT, end)
-    loop.add_signal_handler(signal.SIGHUP, hang_up)
+    async def go() -> list[str]:
+        async with RunnerLauncherClient(patience_seconds=0) as client:
+            return await ask(client)
+
+    with contextlib.suppress(RunnerLauncherError):
+        return [word for word in asyncio.run(go()) if word.startswith(incomplete)]
+    return []
+
+
+def _runner_ids(incomplete: str) -> list[str]:
+    async def ask(client: "RunnerLauncherClient") -> list[str]:
+        return [runner.runner_id for runner in (await client.page(limit=50)).items]
+
+    return _suggest(ask, incomplete)
+
+
+def _pool_names(incomplete: str) -> list[str]:
+    async def ask(client: "RunnerLauncherClient") -> list[str]:
+        return [pool.pool_name for pool in await client.pools()]
+
+    return _suggest(ask, incomplete)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Answer in JSON; what goes on, a line each.")]
+RunnerId = Annotated[str, typer.Argument(metavar="RUNNER", help="A runner's id.", autocompletion=_runner_ids)]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on as it happens.")]
+
+
+@cli.command(rich_help_panel="Runners")
+def launch(
+    file: Annotated[
+        str | None, typer.Argument(metavar="FILE", help="The launch as JSON; - reads standard input. Options win over it.")
+    ] = None,
+    *,
+    task_id: Annotated[str | None, typer.Option(help="The task's id.")] = None,
+    title: Annotated[str | None, typer.Option(help="The task's title.")] = None,
+    description: Annotated[str | None, typer.Option(help="What to do.")] = None,
+    branch: Annotated[str | None, typer.Option(help="The branch reserved for the task.")] = None,
+    slot_path: Annotated[Path | None, typer.Option(help="The slot: a checked-out repository, on the runner's host.")] = None,
+    slot_id: Annotated[str | None, typer.Option(help="The slot's id; without it, the last part of its path.")] = None,
+    repo_url: Annotated[str | None, typer.Option(help="Where the slot was cloned from.")] = None,
+    pool: Annotated[str | None, typer.Option(help="The pool that says where to run.", autocompletion=_pool_names)] = None,
+    key: Annotated[str | None, typer.Option(help="Idempotency key: the same again launches nothing.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait for its end; the exit code says how it went.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Launch a runner, and print its id once it has started."""
+    request = _read_launch(file) if file else {"task": {}, "slot": {}, "pool": None}
+    given = {"id": task_id, "title": title, "description": description, "reserved_branch": branch}
+    request["task"] |= {name: value for name, value in given.items() if value is not None}
+    if slot_path:
+        path = slot_path.absolute()
+        request["slot"] |= {"slot_path": str(path), "slot_id": path.name}
+    request["slot"] |= {
+        name: value for name, value in {"slot_id": slot_id, "repo_url": repo_url}.items() if value is not None
+    }
+    request["slot"].setdefault("repo_url", "")
+    request["pool"] = pool or request["pool"]
+    if not (request["task"].get("id") and request["slot"].get("slot_path") and request["pool"]):
+        raise _misused("say what to launch: a file, or --task-id, --slot-path and --pool")
+    _talk(lambda terminal: terminal.launch(request, key=key, wait=wait), as_json=as_json, patience=GOING_ON_SECONDS)
+
+
+def _misused(words: str) -> typer.Exit:
+    typer.echo(f"runner-launcher: {words}", err=True)
+    return typer.Exit(USAGE)
+
+
+def _read_launch(file: str) -> dict[str, Any]:
+    """Read a launch, whole enough for options to be put in."""
+    name = "standard input" if file == "-" else file
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        request = json.loads(text)
+    except OSError as error:
+        raise _misused(f"{name} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise _misused(f"{name} is not JSON: {error}") from None
+    if not isinstance(request, dict):
+        raise _misused(f'{name} must hold {{"task": {{...}}, "slot": {{...}}, "pool": ...}}')
+    request = {"task": {}, "slot": {}, "pool": None, **request}
+    if not (isinstance(request["task"], dict) and isinstance(request["slot"], dict)):
+        raise _misused(f"{name}: task and slot must be objects")
+    return request
+
+
+@cli.command(rich_help_panel="Runners")
+def ps(
+    *,
+    everything: Annotated[bool, typer.Option("--all", "-a", help="Also those that have ended.")] = False,
+    state: Annotated[str | None, typer.Option(help="pending, running, completed or failed.")] = None,
+    pool: Annotated[str | None, typer.Option(help="Of this pool alone.", autocompletion=_pool_names)] = None,
+    task_id: Annotated[str | None, typer.Option(help="Of this task alone.")] = None,
+    slot_id: Annotated[str | None, typer.Option(help="Of this slot alone.")] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="So many at most.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """List runners, newest first: those that live, or with --all or --state others too."""
+    wanted = {"pool": pool, "task_id": task_id, "slot_id": slot_id}
+    states = [state] if state else [None] if everything else ["pending", "running"]
+    _talk(lambda terminal: terminal.ps(wanted, states, limit), as_json=as_json)
+
+
+@cli.command(rich_help_panel="Runners")
+def show(runner: RunnerId, *, as_json: Json = False) -> None:
+    """Show what became of a runner."""
+    _talk(lambda terminal: terminal.show(runner), as_json=as_json)
+
+
+@cli.command(rich_help_panel="Runners")
+def logs(
+    runner: RunnerId,
+    *,
+    follow: Follow = False,
+    tail: Annotated[int | None, typer.Option("--tail", "-n", min=0, help="Only the last so many lines.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print a runner's output, also after its end."""
+    _talk(lambda terminal: terminal.logs(runner, tail=tail, follow=follow), as_json=as_json)
+
+
+@cli.command(rich_help_panel="Runners")
+def stop(
+    runners: Annotated[list[str], typer.Argument(metavar="RUNNER...", help="Runners' ids.", autocompletion=_runner_ids)],
+    *,
+    grace: Annotated[float | None, typer.Option(min=0, help="Seconds from TERM to KILL; default: the pool's.")] = None,
+    force: Annotated[bool, typer.Option(help="Give up a runner whose engine is gone for good; it ends as lost.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait for the end.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Stop runners: TERM to all that each has started, and KILL after the grace."""
+    _talk(
+        lambda terminal: terminal.stop(runners, grace=grace, force=force, wait=wait),
+        as_json=as_json,
+        patience=GOING_ON_SECONDS,
+    )
+
+
+@cli.command(rich_help_panel="Runners")
+def diagnose(runner: RunnerId, *, as_json: Json = False) -> None:
+    """Say in plain words what happened to a runner, and what to do next."""
+    _talk(lambda terminal: terminal.diagnose(runner), as_json=as_json)
+
+
+@cli.command(rich_help_panel="Runners")
+def events(
+    runner: Annotated[
+        str | None, typer.Argument(metavar="RUNNER", help="A runner's id; without it, all.", autocompletion=_runner_ids)
+    ] = None,
+    *,
+    follow: Follow = False,
+    as_json: Json = False,
+) -> None:
+    """Tell what happened, to one runner or to all."""
+    patience = GOING_ON_SECONDS if follow else ASKING_SECONDS
+    _talk(lambda terminal: terminal.events(runner, follow=follow), as_json=as_json, patience=patience)
+
+
+@cli.command(rich_help_panel="Where they run")
+def pools(
+    name: Annotated[str | None, typer.Argument(metavar="POOL", help="One pool alone.", autocompletion=_pool_names)] = None,
+    *,
+    enable: Annotated[bool | None, typer.Option("--enable/--disable", help="Switch it on or off for launches.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show pools and their use, or switch one on or off."""
+    if enable is not None and name is None:
+        raise _misused("say which pool to switch")
+    _talk(lambda terminal: terminal.pools(name, enable), as_json=as_json)
+
+
+@cli.command(rich_help_panel="Where they run")
+def engines(*, as_json: Json = False) -> None:
+    """Show what each engine can do, and whether it answers."""
+    _talk(lambda terminal: terminal.engines(), as_json=as_json)
 
 
 def main() -> None:

@@ -18,13 +18,13 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from app.cli import serve_until_told
 from app.errors import ConfigurationError
 from app.events import Change
 from app.launcher import Exited, Handle, Launcher, LaunchSpec, LogLine, Observation
 from app.launchers import open_launcher
 from app.main import create_app
 from app.runner import Runner
+from app.server import serve_until_told
 from app.settings import load_settings
 from app.store import Intent, Store
 

@@ -1,0 +1,103 @@
+"""The server: listens, serves an application until a signal ends it, and lets streams end with a farewell."""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import uvicorn
+from fastapi import FastAPI
+from typing_extensions import override
+
+from app.errors import ConfigurationError
+from app.main import create_app
+from app.service import RunnerService
+from app.settings import Settings
+
+log = logging.getLogger("app")
+
+GRACEFUL_SECONDS = 10
+BACKLOG = 2048
+
+
+class _Server(uvicorn.Server):
+    """A server that takes its signals from us and lets streams end with a farewell before it closes connections."""
+
+    def __init__(self, config: uvicorn.Config, service: RunnerService) -> None:
+        super().__init__(config)
+        self._service = service
+
+    @override
+    def capture_signals(self) -> nullcontext[None]:  # type: ignore[override] # ours outlive the server
+        return nullcontext()
+
+    @override
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.draining.set()
+        await super().shutdown(sockets)
+
+
+async def serve_until_told(settings: Settings, create: Callable[..., FastAPI] = create_app) -> None:
+    """Serve an application until a signal ends it. Raises ConfigurationError."""
+    listener = _listen(settings)
+    host, port = listener.getsockname()[:2]
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else f'[{host}]' if ':' in host else host}:{port}"  # noqa: S104
+    app = create(settings, url=url)
+    async with app.router.lifespan_context(app):
+        config = uvicorn.Config(
+            app,
+            lifespan="off",  # opened here, so that what goes wrong there is told in one line
+            http="httptools",
+            loop="asyncio",  # uvloop starts processes by a slow fork
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=GRACEFUL_SECONDS,
+        )
+        server = _Server(config, app.state.service)
+        _handle_signals(server, app, settings)
+        log.info("listening on %s; the token is in %s", url, settings.state_dir / "token")
+        await server.serve(sockets=[listener])
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sends at once only where this is said
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(BACKLOG)  # from here on a client waits, and is not refused
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(f"RUNNER_LAUNCHER_LISTEN: cannot listen on {settings.listen}: {error.strerror}") from error
+    return listener
+
+
+def _handle_signals(server: _Server, app: FastAPI, settings: Settings) -> None:
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        server.force_exit = server.should_exit
+        server.should_exit = True
+
+    async def reload() -> None:
+        service: RunnerService = app.state.service
+        try:
+            await service.reload_pools(settings.pools_file)
+        except ConfigurationError as error:
+            log.error("the pools stay as they were: %s", error)  # noqa: TRY400 - it says all there is
+        else:
+            log.info("the pools were read again")
+
+    reloads: set[asyncio.Task[None]] = set()
+
+    def hang_up() -> None:
+        task = asyncio.create_task(reload())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    loop.add_signal_handler(signal.SIGTERM, end)
+    loop.add_signal_handler(signal.SIGINT, end)
+    loop.add_signal_handler(signal.SIGHUP, hang_up)
