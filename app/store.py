@@ -34,7 +34,7 @@ from app.pools import Usage
 from app.reason import Reason
 from app.runner import LIVE as LIVE_PHASES
 from app.runner import PLACED, Phase, Runner, State, admitted
-from app.schema import HEAD, LIVE, events, idempotency_keys, pool_switches, runners, specs
+from app.schema import HEAD, LIVE, events, idempotency_keys, pool_switches, runner_labels, runners, specs
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +68,17 @@ class Intent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filter:
-    """Which runners a list asks for; None: all. ``since`` is seconds since the epoch; ``before`` a place in the list."""
+    """Which runners a list asks for; None: all. ``since`` is seconds since the epoch; ``before`` a place in the list.
+
+    ``labels`` are pairs of key and value that a runner must have, every one of them.
+    """
 
     state: State | None = None
     phase: Phase | None = None
     pool: str | None = None
     task_id: str | None = None
     slot_id: str | None = None
+    labels: tuple[tuple[str, str], ...] = ()
     since: float | None = None
     before: int | None = None
     limit: int = 100
@@ -439,7 +443,10 @@ def _insert(
     )
     event = _append(connection, event)
     runner = replace(runner, revision=event.revision)
-    connection.execute(sa.insert(runners).values(_columns(runner)))
+    key = connection.execute(sa.insert(runners).values(_columns(runner))).inserted_primary_key
+    if runner.labels and key:
+        rows = [{"key": name, "value": value, "seq": key[0]} for name, value in runner.labels.items()]
+        connection.execute(sa.insert(runner_labels), rows)
     changes.append(Change(runner, event))
     return runner
 
@@ -532,7 +539,11 @@ def _get(connection: Connection, runner_id: str) -> Runner:
 
 
 def _page(connection: Connection, wanted: Filter) -> tuple[list[Runner], int | None]:
-    query = _whole().add_columns(runners.c.seq).order_by(runners.c.seq.desc()).limit(wanted.limit + 1)
+    labels = [(runner_labels.alias(), *pair) for pair in wanted.labels]
+    seq = labels[0][0].c.seq if labels else runners.c.seq  # SQLite walks through the index whose column is named here
+    query = _whole().add_columns(runners.c.seq).order_by(seq.desc()).limit(wanted.limit + 1)
+    for label, key, text in labels:
+        query = query.join(label, label.c.seq == runners.c.seq).where(label.c.key == key, label.c.value == text)
     for column, value in {
         runners.c.state: wanted.state,
         runners.c.phase: wanted.phase,
@@ -550,7 +561,7 @@ def _page(connection: Connection, wanted: Filter) -> tuple[list[Runner], int | N
         # By an index, and sorted: else SQLite walks through all runners in order.
         query = query.order_by(None).order_by((runners.c.seq + 0).desc())
     if wanted.before is not None:
-        query = query.where(runners.c.seq < wanted.before)
+        query = query.where(seq < wanted.before)
     rows = connection.execute(query).all()
     page = rows[: wanted.limit]
     return [_load(row) for row in page], page[-1].seq if len(rows) > wanted.limit else None

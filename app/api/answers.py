@@ -32,6 +32,18 @@ def record(request: Request, runner: Runner) -> RunnerRecord:
     return runner_record(runner, answered_at=answered_at, stale=stale)
 
 
+def is_known(if_none_match: str | None, tag: str) -> bool:
+    """Say whether a client has what bears this weak tag already (RFC 9110, 13.1.2)."""
+    known = [each.strip().removeprefix("W/") for each in (if_none_match or "").split(",")]
+    return tag.removeprefix("W/") in known or known == ["*"]
+
+
+def next_link(request: Request, cursor: str) -> str:
+    """Write the header Link that leads to the next page (RFC 8288); without a host, so that it is right behind any proxy."""
+    url = request.url.include_query_params(cursor=cursor)
+    return f'<{url.path}?{url.query}>; rel="next"'
+
+
 def problems(*statuses: int) -> dict[int | str, dict[str, object]]:
     """Declare which problems a route may answer; every route may refuse who asks, or how."""
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}

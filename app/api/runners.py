@@ -2,19 +2,22 @@
 
 import base64
 import binascii
+import hashlib
 import re
 from datetime import datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
+from pydantic import StringConstraints
 from starlette.responses import StreamingResponse
 
-from app.api.answers import Service, Who, problems, record
+from app.api.answers import Service, Who, is_known, next_link, problems, record
 from app.api.auth import bearer
 from app.context import traceparent
 from app.errors import Fault, InvalidRequest
 from app.models import EventPage, LaunchRequest, RunnerPage, RunnerRecord, event_record
-from app.runner import Phase, State
+from app.runner import Phase, Runner, State
+from app.service import RunnerService
 from app.store import Filter
 
 DEFAULT_WAIT_SECONDS = 30.0
@@ -25,6 +28,7 @@ MAX_GRACE_SECONDS = 86_400
 router = APIRouter(tags=["runners"])
 
 Prefer = Annotated[str | None, Header(description="`wait=N` seconds for the engine's word, or `respond-async`")]
+Label = Annotated[str, StringConstraints(pattern=r"^[^=]+=")]
 Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
 
 
@@ -69,9 +73,16 @@ async def launch(
     return answer
 
 
-@router.get("/runners", summary="List runners, newest first", responses=problems(422))
+@router.get(
+    "/runners",
+    summary="List runners, newest first",
+    description="With `If-None-Match` it answers 304 while nothing in the page has changed; `Link` leads to the next page.",
+    response_model=RunnerPage,
+    responses={304: {"description": "Unchanged"}, **problems(422)},
+)
 async def page(
     request: Request,
+    response: Response,
     service: Service,
     *,
     state: State | None = None,
@@ -79,21 +90,30 @@ async def page(
     pool: str | None = None,
     task_id: str | None = None,
     slot_id: str | None = None,
+    label: Annotated[list[Label], Query(description="`key=value`; repeated: all of them")] = [],  # noqa: B006 - FastAPI copies it
     since: Annotated[datetime | None, Query(description="created at or after")] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
     cursor: str | None = None,
-) -> RunnerPage:
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> RunnerPage | Response:
     wanted = Filter(
         state=state,
         phase=phase,
         pool=pool,
         task_id=task_id,
         slot_id=slot_id,
+        labels=tuple((key, value) for key, _, value in (each.partition("=") for each in label)),
         since=since.timestamp() if since else None,
         before=_place(cursor) if cursor else None,
         limit=limit,
     )
     runners, more = await service.page(wanted)
+    headers = {"ETag": _page_tag(service, runners, more)}
+    if more is not None:
+        headers["Link"] = next_link(request, _cursor(more))
+    if is_known(if_none_match, headers["ETag"]):
+        return Response(status_code=304, headers=headers)
+    response.headers.update(headers)
     return RunnerPage(
         items=[record(request, runner) for runner in runners], next_cursor=None if more is None else _cursor(more)
     )
@@ -116,11 +136,11 @@ async def read(
 ) -> RunnerRecord | Response:
     runner = await service.get(runner_id)
     answer = record(request, runner)
-    if if_none_match and _tag(answer) in if_none_match and (wait := patience(prefer, 0)[0]):
+    if is_known(if_none_match, _tag(answer)) and (wait := patience(prefer, 0)[0]):
         answer = record(request, await service.next(runner, wait))
-    response.headers["ETag"] = _tag(answer)
-    if if_none_match and _tag(answer) in if_none_match:
+    if is_known(if_none_match, _tag(answer)):
         return Response(status_code=304, headers={"ETag": _tag(answer)})
+    response.headers["ETag"] = _tag(answer)
     return answer
 
 
@@ -194,6 +214,12 @@ def patience(prefer: str | None, default: float = DEFAULT_WAIT_SECONDS) -> tuple
 def _tag(answer: RunnerRecord) -> str:
     """Tag a record by what it says of its runner; a heartbeat changes nothing."""
     return f'W/"{answer.revision}{"s" if answer.stale else ""}"'
+
+
+def _page_tag(service: RunnerService, runners: list[Runner], more: int | None) -> str:
+    """Tag a page by what it says: its runners, each as it is, and whether there are more."""
+    parts = [f"{runner.runner_id}:{runner.revision}:{service.heard(runner)[1]}" for runner in runners]
+    return f'W/"{hashlib.sha256(f"{parts}{more}".encode()).hexdigest()[:32]}"'
 
 
 def _cursor(place: int) -> str:
