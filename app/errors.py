@@ -8,6 +8,7 @@ RunnerLauncherError
 │   └── RunnerGone              the engine has no such runner
 ├── RequestRefused          a request that changed nothing; ``code`` names it for machines
 │   ├── NotAuthenticated, NotPermitted, NotFound, InvalidRequest, ContextTooLarge
+│   ├── AmbiguousId, RunnerEnded
 │   └── SlotBusy, PoolFull, Unavailable
 └── RunnerLaunchError       an accepted request whose launch failed; carries the runner
 """
@@ -95,6 +96,12 @@ class NotFound(RequestRefused):
     """No runner or pool under that name."""
 
     code = "not-found"
+
+
+class AmbiguousId(RequestRefused):
+    """The beginning of more than one runner's id; the text names some of them."""
+
+    code = "ambiguous-id"
 
 
 class InvalidRequest(RequestRefused):

@@ -264,6 +264,9 @@ class EventRecord(BaseModel):
     model_config = _SAY
 
     revision: int
+    runner_id: str
+    task_id: str
+    pool_name: str
     at: datetime
     type: str
     from_: Phase | None = Field(serialization_alias="from")
@@ -405,10 +408,13 @@ def runner_record(runner: Runner, *, answered_at: float | None, stale: bool) -> 
     )
 
 
-def event_record(event: Event) -> EventRecord:
-    """Say what happened."""
+def event_record(event: Event, *, task_id: str, pool_name: str) -> EventRecord:
+    """Say what happened, and to whose runner."""
     return EventRecord(
         revision=event.revision,
+        runner_id=event.runner_id,
+        task_id=task_id,
+        pool_name=pool_name,
         at=_moment(event.at),
         type=event.type,
         from_=event.from_phase,

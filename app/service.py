@@ -176,9 +176,9 @@ class RunnerService:
 
     # Read.
 
-    async def get(self, runner_id: str) -> Runner:
-        """Give a runner. Raises NotFound."""
-        return await self._store.get(runner_id)
+    async def get(self, given: str) -> Runner:
+        """Give the runner that is meant, by its id or an unambiguous beginning of it. Raises NotFound, AmbiguousId."""
+        return await self._store.named(given)
 
     async def next(self, runner: Runner, wait: float) -> Runner:
         """Give a runner as it is after its next change, or as it is after so many seconds."""
@@ -192,10 +192,9 @@ class RunnerService:
         """Give runners, newest first, and where the next page begins."""
         return await self._store.page(wanted)
 
-    async def history(self, runner_id: str) -> list[Event]:
-        """Give a runner's events. Raises NotFound."""
-        await self._store.get(runner_id)
-        return await self._store.history(runner_id)
+    async def history(self, runner: Runner) -> list[Event]:
+        """Give a runner's events."""
+        return await self._store.history(runner.runner_id)
 
     def heard(self, runner: Runner) -> tuple[float | None, bool]:
         """Say when a runner's engine last answered, and whether that is too long ago to rely on."""
@@ -206,12 +205,8 @@ class RunnerService:
         """Say of every engine in use whether it answers."""
         return self._reconciler.engines()
 
-    async def logs(self, runner_id: str, *, tail: int | None, follow: bool) -> AsyncIterator[bytes]:
-        """Give a runner's output, while it runs and after its end; ``follow`` goes on until its end. Raises NotFound."""
-        runner = await self._store.get(runner_id)
-        return self._output(runner, tail, follow=follow)
-
-    async def _output(self, runner: Runner, tail: int | None, *, follow: bool) -> AsyncIterator[bytes]:
+    async def logs(self, runner: Runner, *, tail: int | None, follow: bool) -> AsyncIterator[bytes]:
+        """Give a runner's output, while it runs and after its end; ``follow`` goes on until its end."""
         with self._feed.watching(runner.runner_id) as watch:
             runner = await self._store.get(runner.runner_id)
             while follow and not runner.accepted and runner.phase is not Phase.FINISHED:
@@ -231,10 +226,10 @@ class RunnerService:
 
     # Stop, and signs of life.
 
-    async def stop(self, runner_id: str, caller: Caller, *, grace: float | None, force: bool = False) -> Runner:
+    async def stop(self, given: str, caller: Caller, *, grace: float | None, force: bool = False) -> Runner:
         """Ask for a runner's end; idempotent. ``force`` ends the record of one whose engine is gone for good."""
         while True:
-            runner = await self._store.get(runner_id)
+            runner = await self.get(given)
             now = self._now()
             if force and runner.phase is not Phase.FINISHED:
                 text = f"given up by {caller.name}: its engine is gone for good"

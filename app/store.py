@@ -13,6 +13,7 @@ import contextlib
 import functools
 import logging
 import queue
+import re
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from sqlalchemy import Connection, Engine, Row
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 from sqlalchemy.pool import QueuePool
 
-from app.errors import ConfigurationError, InvalidRequest, NotFound, PoolFull, SlotBusy, Unavailable
+from app.errors import AmbiguousId, ConfigurationError, InvalidRequest, NotFound, PoolFull, SlotBusy, Unavailable
 from app.events import Change, Event
 from app.launcher import LaunchSpec
 from app.pools import Usage
@@ -41,6 +42,11 @@ log = logging.getLogger(__name__)
 BATCH = 500
 READERS = 2
 IDLE_SECONDS = 0.5
+CANDIDATES = 5
+"""How many runners are named to somebody whose short id means more than one."""
+
+_ID = re.compile(r"runner-[0-9a-f]{12}")
+_BEGINNING = re.compile(r"runner-[0-9a-f]{1,11}")
 
 T = TypeVar("T")
 Write = Callable[[Connection, list[Change]], T]
@@ -190,6 +196,10 @@ class Store:
     async def get(self, runner_id: str) -> Runner:
         """Give a runner. Raises NotFound."""
         return await self._read(lambda connection: _get(connection, runner_id))
+
+    async def named(self, given: str) -> Runner:
+        """Give the runner that is meant: by its id, or by a beginning that only one id has. Raises NotFound, AmbiguousId."""
+        return await self._read(lambda connection: _named(connection, given))
 
     async def spec(self, runner_id: str) -> LaunchSpec | None:
         """Give how to launch a runner; None once that is wiped."""
@@ -536,6 +546,19 @@ def _get(connection: Connection, runner_id: str) -> Runner:
     if row is None:
         raise NotFound(f"no runner {runner_id}")
     return _load(row)
+
+
+def _named(connection: Connection, given: str) -> Runner:
+    beginning = f"runner-{given.removeprefix('runner-')}"
+    if not _BEGINNING.fullmatch(beginning):
+        return _get(connection, beginning if _ID.fullmatch(beginning) else given)
+    begins_so = (runners.c.runner_id >= beginning) & (runners.c.runner_id < beginning + "g")  # by the index, unlike LIKE
+    query = sa.select(runners.c.runner_id).where(begins_so).order_by(runners.c.runner_id).limit(CANDIDATES + 1)
+    found = list(connection.execute(query).scalars())
+    if len(found) > 1:
+        some = ", ".join(found[:CANDIDATES]) + (", ..." if len(found) > CANDIDATES else "")
+        raise AmbiguousId(f"{given} is the beginning of more than one id: {some}")
+    return _get(connection, found[0] if found else given)
 
 
 def _page(connection: Connection, wanted: Filter) -> tuple[list[Runner], int | None]:

@@ -222,7 +222,8 @@ async def test_the_history_tells_every_step_in_order(client: httpx.AsyncClient, 
     assert revisions[-1] == record["revision"]
     last = events[-1]
     assert (last["to"], last["reason"], last["message"]) == ("finished", "exit_nonzero", "exited with code 3")
-    assert set(last) == {"revision", "at", "type", "from", "to", "reason", "message", "data"}
+    contract = {"revision", "at", "type", "from", "to", "reason", "message", "data"}
+    assert set(last) == contract | {"runner_id", "task_id", "pool_name"}
 
 
 @pytest.mark.parametrize("path", ["", "/logs", "/events"])

@@ -8,10 +8,12 @@ from math import ceil
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
+from app.api import plain
 from app.api.answers import record
 from app.errors import (
+    AmbiguousId,
     ContextTooLarge,
     Fault,
     InvalidRequest,
@@ -35,6 +37,7 @@ STATUS: dict[type[RequestRefused], HTTPStatus] = {
     NotAuthenticated: HTTPStatus.UNAUTHORIZED,
     NotPermitted: HTTPStatus.FORBIDDEN,
     NotFound: HTTPStatus.NOT_FOUND,
+    AmbiguousId: HTTPStatus.CONFLICT,
     InvalidRequest: HTTPStatus.UNPROCESSABLE_ENTITY,
     ContextTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     SlotBusy: HTTPStatus.CONFLICT,
@@ -154,6 +157,9 @@ def _problem(
         errors=[FaultRecord(pointer=fault.pointer, detail=fault.detail) for fault in faults],
         runner=runner,
     )
+    headers = {**(headers or {}), "Vary": "Accept"}
+    if plain.is_wanted(request):
+        return PlainTextResponse(plain.text(problem), status, headers)
     text = problem.model_dump_json(by_alias=True, exclude={"runner"} if runner is None else None)
     return Response(text, status, headers, media_type="application/problem+json")
 

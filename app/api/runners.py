@@ -7,10 +7,11 @@ import re
 from datetime import datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 from pydantic import StringConstraints
 from starlette.responses import StreamingResponse
 
+from app.api import plain
 from app.api.answers import Service, Who, is_known, next_link, problems, record
 from app.api.auth import bearer
 from app.context import traceparent
@@ -28,6 +29,7 @@ MAX_GRACE_SECONDS = 86_400
 router = APIRouter(tags=["runners"])
 
 Prefer = Annotated[str | None, Header(description="`wait=N` seconds for the engine's word, or `respond-async`")]
+Id = Annotated[str, Path(description="a runner's id, or a beginning of it that no other has; `runner-` may be left out")]
 Label = Annotated[str, StringConstraints(pattern=r"^[^=]+=")]
 Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
 
@@ -37,6 +39,7 @@ Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_le
     status_code=201,
     summary="Launch a runner",
     description="Answers when the engine has accepted the launch, or with 202 when the wait is over before that.",
+    response_model=RunnerRecord,
     responses={
         200: {"model": RunnerRecord, "description": "An earlier request with this Idempotency-Key, as it is now"},
         202: {"model": RunnerRecord, "description": "Recorded, and going on"},
@@ -51,7 +54,7 @@ async def launch(
     who: Who,
     prefer: Prefer = None,
     idempotency_key: Key = None,
-) -> RunnerRecord:
+) -> RunnerRecord | Response:
     wait, applied = patience(prefer)
     launched = await service.launch(
         body,
@@ -70,7 +73,7 @@ async def launch(
         response.status_code = 200
     if applied:
         response.headers["Preference-Applied"] = applied
-    return answer
+    return plain.shown(request, response, answer, 201) or answer
 
 
 @router.get(
@@ -78,7 +81,7 @@ async def launch(
     summary="List runners, newest first",
     description="With `If-None-Match` it answers 304 while nothing in the page has changed; `Link` leads to the next page.",
     response_model=RunnerPage,
-    responses={304: {"description": "Unchanged"}, **problems(422)},
+    responses={200: plain.TEXT, 304: {"description": "Unchanged"}, **problems(422)},
 )
 async def page(
     request: Request,
@@ -114,9 +117,9 @@ async def page(
     if is_known(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     response.headers.update(headers)
-    return RunnerPage(
-        items=[record(request, runner) for runner in runners], next_cursor=None if more is None else _cursor(more)
-    )
+    items = [record(request, runner) for runner in runners]
+    answer = RunnerPage(items=items, next_cursor=None if more is None else _cursor(more))
+    return plain.shown(request, response, answer) or answer
 
 
 @router.get(
@@ -124,12 +127,12 @@ async def page(
     summary="What became of a runner",
     description="With `If-None-Match` and `Prefer: wait=N` it answers when the record changes, or with 304 after N seconds.",
     response_model=RunnerRecord,
-    responses={304: {"description": "Unchanged"}, **problems(404)},
+    responses={200: plain.TEXT, 304: {"description": "Unchanged"}, **problems(404, 409)},
 )
 async def read(
     request: Request,
     response: Response,
-    runner_id: str,
+    runner_id: Id,
     service: Service,
     if_none_match: Annotated[str | None, Header()] = None,
     prefer: Prefer = None,
@@ -141,48 +144,62 @@ async def read(
     if is_known(if_none_match, _tag(answer)):
         return Response(status_code=304, headers={"ETag": _tag(answer)})
     response.headers["ETag"] = _tag(answer)
-    return answer
+    return plain.shown(request, response, answer) or answer
 
 
 @router.delete(
     "/runners/{runner_id}",
     summary="Stop a runner",
     description="TERM to the whole tree, and KILL after `grace` seconds. Idempotent: 202 until it has ended, then 200.",
-    responses={202: {"model": RunnerRecord, "description": "Being stopped"}, **problems(404, 422)},
+    response_model=RunnerRecord,
+    responses={
+        200: plain.TEXT,
+        202: {"model": RunnerRecord, "description": "Being stopped"},
+        **problems(404, 409, 422),
+    },
 )
 async def stop(
     request: Request,
     response: Response,
-    runner_id: str,
+    runner_id: Id,
     service: Service,
     who: Who,
     grace: Annotated[float | None, Query(ge=0, le=MAX_GRACE_SECONDS, description="seconds; default: the pool's")] = None,
     force: Annotated[bool, Query(description="end the record of a runner whose engine is gone for good")] = False,
-) -> RunnerRecord:
+) -> RunnerRecord | Response:
     runner = await service.stop(runner_id, who, grace=grace, force=force)
     response.status_code = 200 if runner.phase is Phase.FINISHED else 202
-    return record(request, runner)
+    answer = record(request, runner)
+    return plain.shown(request, response, answer) or answer
 
 
 @router.get(
     "/runners/{runner_id}/logs",
     summary="A runner's output",
     response_class=StreamingResponse,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems(404, 422)},
+    responses={200: plain.TEXT, **problems(404, 409, 422)},
 )
 async def logs(
-    runner_id: str,
+    runner_id: Id,
     service: Service,
     tail: Annotated[int | None, Query(ge=0, le=1_000_000, description="only the last so many lines")] = None,
     follow: Annotated[bool, Query(description="go on until the runner ends")] = False,
 ) -> StreamingResponse:
-    output = await service.logs(runner_id, tail=tail, follow=follow)
+    output = service.logs(await service.get(runner_id), tail=tail, follow=follow)
     return StreamingResponse(output, media_type="text/plain; charset=utf-8", headers={"X-Content-Type-Options": "nosniff"})
 
 
-@router.get("/runners/{runner_id}/events", summary="A runner's history", responses=problems(404))
-async def history(runner_id: str, service: Service) -> EventPage:
-    return EventPage(items=[event_record(event) for event in await service.history(runner_id)])
+@router.get(
+    "/runners/{runner_id}/events",
+    summary="A runner's history",
+    response_model=EventPage,
+    responses={200: plain.TEXT, **problems(404, 409)},
+)
+async def history(request: Request, response: Response, runner_id: Id, service: Service) -> EventPage | Response:
+    runner = await service.get(runner_id)
+    events = await service.history(runner)
+    answer = EventPage(items=[event_record(event, task_id=runner.task_id, pool_name=runner.pool_name) for event in events])
+    return plain.shown(request, response, answer) or answer
 
 
 @router.post(
