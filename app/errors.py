@@ -8,7 +8,7 @@ RunnerLauncherError
 │   └── RunnerGone              the engine has no such runner
 ├── RequestRefused          a request that changed nothing; ``code`` names it for machines
 │   ├── NotAuthenticated, NotPermitted, NotFound, InvalidRequest, ContextTooLarge
-│   ├── AmbiguousId, RunnerEnded
+│   ├── AmbiguousId, RunnerEnded, HistoryGone
 │   └── SlotBusy, PoolFull, Unavailable
 └── RunnerLaunchError       an accepted request whose launch failed; carries the runner
 """
@@ -131,6 +131,12 @@ class RunnerEnded(RequestRefused):
     """The runner has ended already, and so cannot do this."""
 
     code = "runner-ended"
+
+
+class HistoryGone(RequestRefused):
+    """What followed the revision that a reader has read up to can no longer be told without a gap."""
+
+    code = "history-gone"
 
 
 class PoolFull(RequestRefused):

@@ -10,11 +10,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from fastapi import FastAPI
 
 from app import __version__
-from app.api import gate, health, pools, problems, runners
+from app.api import events, gate, health, pools, problems, runners
 from app.api.answers import describe
 from app.api.auth import Authenticator, admin_token
 from app.errors import ConfigurationError
 from app.events import Feed
+from app.journal import Journal
 from app.launcher import Launcher
 from app.launchers import open_launcher
 from app.logs import Spool
@@ -50,11 +51,14 @@ def create_app(
             store = Store(settings.database, feed.publish)
             stack.push_async_callback(store.aclose)
             await store.open()
+            journal = Journal(store, feed)
             service: RunnerService
             reconciler = Reconciler(
                 store, feed, spool, open_launcher=launchers, pools=lambda: service.pools.by_name, now=now
             )
-            service = RunnerService(settings, store, feed, spool, reconciler, pools=configured, now=now)
+            service = RunnerService(settings, store, feed, spool, reconciler, journal=journal, pools=configured, now=now)
+            await journal.open(service.draining)
+            stack.push_async_callback(journal.aclose)
             service.url = settings.public_url or url or f"http://{settings.listen}"
             stack.push_async_callback(reconciler.aclose)
             app.state.service, app.state.feed = service, feed
@@ -72,7 +76,7 @@ def create_app(
     app.state.authenticator = Authenticator()
     app.add_middleware(gate.Gate, authenticator=app.state.authenticator, public_url=settings.public_url)
     problems.install(app)
-    for module in (runners, pools, health):
+    for module in (runners, events, pools, health):
         app.include_router(module.router)
     app.openapi = functools.partial(describe, app)  # type: ignore[method-assign] # FastAPI's own way
     return app

@@ -284,6 +284,16 @@ class EventPage(BaseModel):
     items: list[EventRecord]
 
 
+class JournalPage(BaseModel):
+    """Events of all runners in the order of their revisions. ``revision`` is where to go on later: as `since`."""
+
+    model_config = _SAY
+
+    items: list[EventRecord]
+    next_cursor: str | None
+    revision: int
+
+
 class PoolRecord(BaseModel):
     """A pool and its use. ``cpu_usage`` and ``memory_usage`` are the sums of its live runners' limits, in cores and MiB."""
 

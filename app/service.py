@@ -16,6 +16,7 @@ from pathlib import Path
 from app.context import inherited, launch_spec
 from app.errors import Fault, InvalidRequest, NotAuthenticated, NotFound, RunnerEnded, RunnerLaunchError, Unavailable
 from app.events import Event, Feed, Watch
+from app.journal import Journal, Line, write_out
 from app.launcher import Handle, LaunchSpec
 from app.logs import Spool
 from app.models import LaunchRequest, Slot
@@ -26,6 +27,8 @@ from app.runner import Phase, Runner, finished, identity, stop_asked
 from app.settings import Settings
 from app.slots import real_place
 from app.store import Filter, Intent, Store
+
+NEWS_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class RunnerService:
         spool: Spool,
         reconciler: Reconciler,
         *,
+        journal: Journal,
         pools: Pools,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -73,6 +77,7 @@ class RunnerService:
         self._spool = spool
         self._reconciler = reconciler
         self._now = now
+        self.journal = journal
         self.pools = pools
         self.url = settings.public_url or ""
         self.draining = asyncio.Event()
@@ -195,6 +200,32 @@ class RunnerService:
     async def history(self, runner: Runner) -> list[Event]:
         """Give a runner's events."""
         return await self._store.history(runner.runner_id)
+
+    async def follow(self, runner: Runner, place: int, idle: float) -> AsyncIterator[list[Line]]:
+        """Give a runner's events behind a revision, those there are and those that come; ends with it, or with the service.
+
+        An empty list says that nothing happened for so many seconds.
+        """
+        with self._feed.watching(runner.runner_id) as watch:
+            while True:
+                events = await self._store.history(runner.runner_id)
+                if new := [event for event in events if event.revision > place]:
+                    place = new[-1].revision
+                    yield [write_out(event, runner.task_id, runner.pool_name) for event in new]
+                if events[-1].to_phase is Phase.FINISHED:
+                    return
+                if await self._news(watch, idle) is None:
+                    if self.draining.is_set():
+                        return
+                    yield []
+
+    async def ended(self, runner: Runner) -> Runner:
+        """Give a runner as it is at its end, or when the service goes down."""
+        with self._feed.watching(runner.runner_id) as watch:
+            runner = await self._store.get(runner.runner_id)
+            while runner.phase is not Phase.FINISHED and not self.draining.is_set():
+                runner = await self._news(watch, NEWS_SECONDS) or runner
+        return runner
 
     def heard(self, runner: Runner) -> tuple[float | None, bool]:
         """Say when a runner's engine last answered, and whether that is too long ago to rely on."""

@@ -245,7 +245,25 @@ class Store:
         """Give a runner's events, the first one first."""
         query = sa.select(events.c.revision, events.c.body).where(events.c.runner_id == runner_id)
         rows = await self._read(lambda connection: connection.execute(query.order_by(events.c.revision)).all())
-        return [replace(_event.validate_json(row.body), revision=row.revision) for row in rows]
+        return [_event_of(row) for row in rows]
+
+    async def span(self) -> tuple[int, int]:
+        """Give the oldest and the newest revision of all events; (1, 0) if there are none."""
+
+        def read(connection: Connection) -> tuple[int, int]:  # one by one: together they would walk through the table
+            oldest = connection.execute(sa.select(sa.func.min(events.c.revision))).scalar()
+            newest = connection.execute(sa.select(sa.func.max(events.c.revision))).scalar()
+            return oldest or 1, newest or 0
+
+        return await self._read(read)
+
+    async def events(self, after: int, limit: int) -> list[tuple[Event, str, str]]:
+        """Give the next events of all runners behind a revision, each with its runner's task_id and pool_name."""
+        columns = (events.c.revision, events.c.body, runners.c.task_id, runners.c.pool_name)
+        query = sa.select(*columns).join(runners, runners.c.runner_id == events.c.runner_id)
+        query = query.where(events.c.revision > after).order_by(events.c.revision).limit(limit)
+        rows = await self._read(lambda connection: connection.execute(query).all())
+        return [(_event_of(row), row.task_id, row.pool_name) for row in rows]
 
     async def usage(self) -> dict[str, Usage]:
         """Give what is in use, by pool; a pool that is not named has nothing in use."""
@@ -615,6 +633,10 @@ def _whole() -> sa.Select[Any]:
 def _load(row: Row[Any]) -> Runner:
     runner = _runner.validate_json(row.body)
     return replace(runner, revision=row.revision, last_heartbeat=row.last_heartbeat, cleaned=row.cleaned)
+
+
+def _event_of(row: Any) -> Event:  # noqa: ANN401 - a row with these two and more
+    return replace(_event.validate_json(row.body), revision=row.revision)
 
 
 def _columns(runner: Runner) -> dict[str, Any]:

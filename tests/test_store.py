@@ -691,7 +691,7 @@ QUERIES: dict[str, Callable[[Store, Runner, Runner], Awaitable[object]]] = {
     "beat": lambda store, runner, _: store.beat(runner.runner_id, T),
     "forget": lambda store, runner, _: store.forget_spec(runner.runner_id),
     "get": lambda store, runner, _: store.get(runner.runner_id),
-    "named": lambda store, runner, _: store.named(runner.runner_id[:-1]),
+    "named": lambda store, runner, _: store.named(runner.runner_id),
     "events": lambda store, _, __: store.events(3, 100),
     "span": lambda store, _, __: store.span(),
     "spec": lambda store, runner, _: store.spec(runner.runner_id),

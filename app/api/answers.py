@@ -1,5 +1,6 @@
 """What routes share in answering: the service behind a request, who asks, and how a runner is told."""
 
+import base64
 from http import HTTPStatus
 from typing import Annotated, Any, cast
 
@@ -7,6 +8,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from app.errors import Fault, InvalidRequest
 from app.models import Problem, RunnerRecord, runner_record
 from app.runner import Runner
 from app.service import Caller, RunnerService
@@ -36,6 +38,20 @@ def is_known(if_none_match: str | None, tag: str) -> bool:
     """Say whether a client has what bears this weak tag already (RFC 9110, 13.1.2)."""
     known = [each.strip().removeprefix("W/") for each in (if_none_match or "").split(",")]
     return tag.removeprefix("W/") in known or known == ["*"]
+
+
+def next_cursor(place: int) -> str:
+    """Write a place in a list so that nobody reckons with it."""
+    return base64.urlsafe_b64encode(b"%d" % place).decode().rstrip("=")
+
+
+def place_of(cursor: str) -> int:
+    """Read a place in a list. Raises InvalidRequest."""
+    try:
+        return int(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+    except ValueError:
+        text = "this cursor was not given by this service"
+        raise InvalidRequest(text, Fault("/query/cursor", text)) from None
 
 
 def next_link(request: Request, cursor: str) -> str:

@@ -10,7 +10,7 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 from starlette.responses import PlainTextResponse
 
-from app.models import EventPage, EventRecord, PoolPage, Problem, RunnerPage
+from app.models import EventPage, EventRecord, JournalPage, PoolPage, Problem, RunnerPage
 
 TEXT = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 """What a route that can answer so declares."""
@@ -42,6 +42,9 @@ def text(answer: BaseModel) -> str:
             return table(RUNNERS, map(_row, answer.items)) + more
         case EventPage():
             return table(EVENTS, map(_row, answer.items))
+        case JournalPage():
+            more = f"more: cursor={answer.next_cursor}\n" if answer.next_cursor else ""
+            return table((*EVENTS[:2], "runner_id", "task_id", *EVENTS[2:]), map(_row, answer.items)) + more
         case PoolPage():
             return table(POOLS, map(_row, answer.items))
         case Problem():
@@ -78,6 +81,11 @@ def event_line(event: EventRecord) -> str:
     return f"{_word(row['at'])}  {event.runner_id}  {event.type:<14}  {event.to:<8}  {why}".rstrip() + "\n"
 
 
+def one_line(words: str) -> str:
+    """Show words on one line, with nothing in them that a terminal obeys."""
+    return "".join(_visible(character) for character in words)
+
+
 def _flat(values: Mapping[str, object], before: str = "") -> Iterator[tuple[str, str]]:
     for name, value in values.items():
         match value:
@@ -109,7 +117,7 @@ def _word(value: object) -> str:
         case datetime():
             return f"{value:%Y-%m-%dT%H:%M:%S}.{value.microsecond // 1000:03}Z"
         case _:
-            return "".join(_visible(character) for character in str(value)) or "-"
+            return one_line(str(value)) or "-"
 
 
 def _visible(character: str) -> str:

@@ -16,6 +16,7 @@ from app.errors import (
     AmbiguousId,
     ContextTooLarge,
     Fault,
+    HistoryGone,
     InvalidRequest,
     NotAuthenticated,
     NotFound,
@@ -42,6 +43,7 @@ STATUS: dict[type[RequestRefused], HTTPStatus] = {
     ContextTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     SlotBusy: HTTPStatus.CONFLICT,
     RunnerEnded: HTTPStatus.CONFLICT,
+    HistoryGone: HTTPStatus.GONE,
     PoolFull: HTTPStatus.TOO_MANY_REQUESTS,
     Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }

@@ -1,9 +1,8 @@
 """Routes of runners: launch, read, stop, logs, history, heartbeat."""
 
-import base64
-import binascii
 import hashlib
 import re
+from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Annotated
 
@@ -11,11 +10,10 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from pydantic import StringConstraints
 from starlette.responses import StreamingResponse
 
-from app.api import plain
-from app.api.answers import Service, Who, is_known, next_link, problems, record
+from app.api import plain, streams
+from app.api.answers import Service, Who, is_known, next_cursor, next_link, place_of, problems, record
 from app.api.auth import bearer
 from app.context import traceparent
-from app.errors import Fault, InvalidRequest
 from app.models import EventPage, LaunchRequest, RunnerPage, RunnerRecord, event_record
 from app.runner import Phase, Runner, State
 from app.service import RunnerService
@@ -107,18 +105,18 @@ async def page(
         slot_id=slot_id,
         labels=tuple((key, value) for key, _, value in (each.partition("=") for each in label)),
         since=since.timestamp() if since else None,
-        before=_place(cursor) if cursor else None,
+        before=place_of(cursor) if cursor else None,
         limit=limit,
     )
     runners, more = await service.page(wanted)
     headers = {"ETag": _page_tag(service, runners, more)}
     if more is not None:
-        headers["Link"] = next_link(request, _cursor(more))
+        headers["Link"] = next_link(request, next_cursor(more))
     if is_known(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     response.headers.update(headers)
     items = [record(request, runner) for runner in runners]
-    answer = RunnerPage(items=items, next_cursor=None if more is None else _cursor(more))
+    answer = RunnerPage(items=items, next_cursor=None if more is None else next_cursor(more))
     return plain.shown(request, response, answer) or answer
 
 
@@ -183,22 +181,42 @@ async def logs(
     runner_id: Id,
     service: Service,
     tail: Annotated[int | None, Query(ge=0, le=1_000_000, description="only the last so many lines")] = None,
-    follow: Annotated[bool, Query(description="go on until the runner ends")] = False,
+    follow: Annotated[bool, Query(description="go on until the runner ends, and say how in a last line")] = False,
 ) -> StreamingResponse:
-    output = service.logs(await service.get(runner_id), tail=tail, follow=follow)
-    return StreamingResponse(output, media_type="text/plain; charset=utf-8", headers={"X-Content-Type-Options": "nosniff"})
+    runner = await service.get(runner_id)
+    output = service.logs(runner, tail=tail, follow=follow)
+    return streams.text(_with_ending(output, service, runner) if follow else output)
 
 
 @router.get(
     "/runners/{runner_id}/events",
     summary="A runner's history",
+    description=(
+        "With `follow` it goes on, in lines of text, until the runner ends; with `Accept: text/event-stream` as server-sent "
+        "events, whose last one, `bye`, says how it ended. Who comes back after the end is answered 204, and need not again."
+    ),
     response_model=EventPage,
-    responses={200: plain.TEXT, **problems(404, 409)},
+    responses={200: streams.STREAM, 204: {"description": "It has ended, and was told"}, **problems(404, 409, 422)},
 )
-async def history(request: Request, response: Response, runner_id: Id, service: Service) -> EventPage | Response:
+async def history(
+    request: Request,
+    response: Response,
+    runner_id: Id,
+    service: Service,
+    follow: Annotated[bool, Query(description="go on until the runner ends")] = False,
+    last_event_id: streams.LastEventId = None,
+) -> EventPage | Response:
     runner = await service.get(runner_id)
-    events = await service.history(runner)
-    answer = EventPage(items=[event_record(event, task_id=runner.task_id, pool_name=runner.pool_name) for event in events])
+    if streams.is_wanted(request) or follow:
+        place = streams.revision(last_event_id)
+        if place and place >= runner.revision and runner.phase is Phase.FINISHED:
+            return Response(status_code=204)
+        lines = service.follow(runner, place or 0, streams.IDLE_SECONDS)
+        return streams.told(request, lines, place or 0, lambda: _ending(service, runner))
+    events = [
+        event_record(event, task_id=runner.task_id, pool_name=runner.pool_name) for event in await service.history(runner)
+    ]
+    answer = EventPage(items=events)
     return plain.shown(request, response, answer) or answer
 
 
@@ -228,6 +246,23 @@ def patience(prefer: str | None, default: float = DEFAULT_WAIT_SECONDS) -> tuple
     return wait, f"wait={wait:g}"
 
 
+async def _with_ending(output: AsyncIterator[bytes], service: RunnerService, runner: Runner) -> AsyncIterator[bytes]:
+    """Say behind a followed log, on a line of its own, how the runner ended."""
+    data = b"\n"
+    async for data in output:
+        yield data
+    line = f"[{await _ending(service, runner)}]\n".encode()
+    yield line if data.endswith(b"\n") else b"\n" + line
+
+
+async def _ending(service: RunnerService, runner: Runner) -> str:
+    """Say how a runner ended, or that this is not known yet because the service goes first."""
+    runner = await service.ended(runner)
+    if runner.phase is not Phase.FINISHED:
+        return streams.GOING_DOWN
+    return plain.one_line(": ".join(filter(None, (f"{runner.runner_id} {runner.state}", runner.reason, runner.message))))
+
+
 def _tag(answer: RunnerRecord) -> str:
     """Tag a record by what it says of its runner; a heartbeat changes nothing."""
     return f'W/"{answer.revision}{"s" if answer.stale else ""}"'
@@ -237,15 +272,3 @@ def _page_tag(service: RunnerService, runners: list[Runner], more: int | None) -
     """Tag a page by what it says: its runners, each as it is, and whether there are more."""
     parts = [f"{runner.runner_id}:{runner.revision}:{service.heard(runner)[1]}" for runner in runners]
     return f'W/"{hashlib.sha256(f"{parts}{more}".encode()).hexdigest()[:32]}"'
-
-
-def _cursor(place: int) -> str:
-    return base64.urlsafe_b64encode(b"%d" % place).decode().rstrip("=")
-
-
-def _place(cursor: str) -> int:
-    try:
-        return int(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
-    except (ValueError, binascii.Error):
-        text = "this cursor was not given by this service"
-        raise InvalidRequest(text, Fault("/query/cursor", text)) from None
