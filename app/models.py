@@ -21,6 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from app.diagnosis import Diagnosis, Source
 from app.events import Event
 from app.launcher import EnforcedBy, Handle
 from app.reason import Reason
@@ -210,6 +211,7 @@ class LinksRecord(BaseModel):
     self: str
     logs: str
     events: str
+    diagnosis: str
 
 
 class RunnerRecord(BaseModel):
@@ -292,6 +294,29 @@ class JournalPage(BaseModel):
     items: list[EventRecord]
     next_cursor: str | None
     revision: int
+
+
+class EvidenceRecord(BaseModel):
+    """One thing that was seen, and where."""
+
+    model_config = _SAY
+
+    source: Source
+    text: str
+
+
+class DiagnosisRecord(BaseModel):
+    """What happened to a runner, in plain words."""
+
+    model_config = _SAY
+
+    runner_id: str
+    state: State
+    reason: Reason | None
+    summary: str
+    likely_cause: str
+    evidence: list[EvidenceRecord]
+    next_step: str
 
 
 class PoolRecord(BaseModel):
@@ -414,7 +439,20 @@ def runner_record(runner: Runner, *, answered_at: float | None, stale: bool) -> 
         isolation=handle.isolation,
         last_heartbeat=_time(runner.last_heartbeat),
         log_truncated=runner.log_truncated,
-        links=LinksRecord(self=here, logs=f"{here}/logs", events=f"{here}/events"),
+        links=LinksRecord(self=here, logs=f"{here}/logs", events=f"{here}/events", diagnosis=f"{here}/diagnosis"),
+    )
+
+
+def diagnosis_record(runner: Runner, diagnosis: Diagnosis) -> DiagnosisRecord:
+    """Say what happened to a runner."""
+    return DiagnosisRecord(
+        runner_id=runner.runner_id,
+        state=runner.state,
+        reason=runner.reason,
+        summary=diagnosis.summary,
+        likely_cause=diagnosis.likely_cause,
+        evidence=[EvidenceRecord(source=each.source, text=each.text) for each in diagnosis.evidence],
+        next_step=diagnosis.next_step,
     )
 
 

@@ -14,7 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from app.context import inherited, launch_spec
-from app.errors import Fault, InvalidRequest, NotAuthenticated, NotFound, RunnerEnded, RunnerLaunchError, Unavailable
+from app.diagnosis import Diagnosis, diagnose
+from app.errors import (
+    Fault,
+    InvalidRequest,
+    LauncherError,
+    NotAuthenticated,
+    NotFound,
+    RunnerEnded,
+    RunnerLaunchError,
+    Unavailable,
+)
 from app.events import Event, Feed, Watch
 from app.journal import Journal, Line, write_out
 from app.launcher import Handle, LaunchSpec
@@ -29,6 +39,8 @@ from app.slots import real_place
 from app.store import Filter, Intent, Store
 
 NEWS_SECONDS = 60.0
+LAST_LINES = 20
+LAST_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +238,20 @@ class RunnerService:
             while runner.phase is not Phase.FINISHED and not self.draining.is_set():
                 runner = await self._news(watch, NEWS_SECONDS) or runner
         return runner
+
+    async def diagnosis(self, runner: Runner) -> Diagnosis:
+        """Explain a runner, with the last lines of its log if they can be had."""
+        events = await self._store.history(runner.runner_id)
+        return diagnose(runner, events, await self._last_lines(runner), stale=self.heard(runner)[1])
+
+    async def _last_lines(self, runner: Runner) -> list[str]:
+        last = b""
+        try:
+            async for data in self.logs(runner, tail=LAST_LINES, follow=False):
+                last = (last + data)[-LAST_BYTES:]
+        except LauncherError as error:
+            return [f"(the log cannot be read now: {error})"]
+        return last.decode(errors="replace").splitlines()[-LAST_LINES:]
 
     def heard(self, runner: Runner) -> tuple[float | None, bool]:
         """Say when a runner's engine last answered, and whether that is too long ago to rely on."""

@@ -94,6 +94,7 @@ async def test_a_launch_answers_201_with_the_whole_record_and_where_it_is(client
             "self": f"/runners/{runner_id}",
             "logs": f"/runners/{runner_id}/logs",
             "events": f"/runners/{runner_id}/events",
+            "diagnosis": f"/runners/{runner_id}/diagnosis",
         },
     }
 
@@ -345,7 +346,7 @@ async def test_a_refused_request_does_not_use_its_key_up(service: Service, slot:
     async with service(ONE | {"off": local_pool(enabled=False)}) as client:
         key = {"Idempotency-Key": "k"}
         holder = await launched(client, launch_body(slot, FOREVER))
-        problem(await client.post("/runners", json=launch_body(slot), headers=key), 409, "slot-busy")
+        problem(await client.post("/runners", json=launch_body(slot, FOREVER), headers=key), 409, "slot-busy")
         second = launch_body(slot.with_name("slot-2"))
         problem(await client.post("/runners", json=second, headers=key), 429, "pool-full")
         off = launch_body(slot.with_name("slot-3"), pool="off")

@@ -83,7 +83,7 @@ async def test_a_launch_and_a_stop_answer_in_text_too(client: httpx.AsyncClient,
 
 async def test_an_error_is_a_sentence(client: httpx.AsyncClient, slot: Path) -> None:
     await launched(client, launch_body(slot, FOREVER))
-    answer = await client.post("/runners", json=launch_body(slot), headers=TEXT)
+    answer = await client.post("/runners", json=launch_body(slot, FOREVER), headers=TEXT)
     assert answer.status_code == 409
     assert answer.headers["Location"]
     assert answer.text.startswith("Conflict (slot-busy): slot slot-1 is held by runner-")

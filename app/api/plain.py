@@ -10,7 +10,7 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 from starlette.responses import PlainTextResponse
 
-from app.models import EventPage, EventRecord, JournalPage, PoolPage, Problem, RunnerPage
+from app.models import DiagnosisRecord, EventPage, EventRecord, JournalPage, PoolPage, Problem, RunnerPage
 
 TEXT = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 """What a route that can answer so declares."""
@@ -47,6 +47,10 @@ def text(answer: BaseModel) -> str:
             return table((*EVENTS[:2], "runner_id", "task_id", *EVENTS[2:]), map(_row, answer.items)) + more
         case PoolPage():
             return table(POOLS, map(_row, answer.items))
+        case DiagnosisRecord():
+            told = ((answer.summary, ""), (answer.likely_cause, "likely cause: "), (answer.next_step, "next step: "))
+            said = "".join(f"  {each.source:<7}  {one_line(each.text)}\n" for each in answer.evidence)
+            return "".join(f"{name}{one_line(words)}\n" for words, name in told) + (f"evidence:\n{said}" if said else "")
         case Problem():
             return sentence(answer)
         case _:

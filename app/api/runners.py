@@ -14,7 +14,7 @@ from app.api import plain, streams
 from app.api.answers import Service, Who, is_known, next_cursor, next_link, place_of, problems, record
 from app.api.auth import bearer
 from app.context import traceparent
-from app.models import EventPage, LaunchRequest, RunnerPage, RunnerRecord, event_record
+from app.models import DiagnosisRecord, EventPage, LaunchRequest, RunnerPage, RunnerRecord, diagnosis_record, event_record
 from app.runner import Phase, Runner, State
 from app.service import RunnerService
 from app.store import Filter
@@ -217,6 +217,19 @@ async def history(
         event_record(event, task_id=runner.task_id, pool_name=runner.pool_name) for event in await service.history(runner)
     ]
     answer = EventPage(items=events)
+    return plain.shown(request, response, answer) or answer
+
+
+@router.get(
+    "/runners/{runner_id}/diagnosis",
+    summary="What happened to a runner, in plain words",
+    description="What happened, the likely cause, what says so, and what to do next.",
+    response_model=DiagnosisRecord,
+    responses={200: plain.TEXT, **problems(404, 409)},
+)
+async def diagnosis(request: Request, response: Response, runner_id: Id, service: Service) -> DiagnosisRecord | Response:
+    runner = await service.get(runner_id)
+    answer = diagnosis_record(runner, await service.diagnosis(runner))
     return plain.shown(request, response, answer) or answer
 
 
