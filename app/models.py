@@ -296,6 +296,18 @@ class JournalPage(BaseModel):
     revision: int
 
 
+class PreviewRecord(BaseModel):
+    """What a launch would be, if it were asked for now. Nothing was made, and no engine was asked."""
+
+    model_config = _SAY
+
+    pool_name: str
+    engine: str
+    refusal: str | None = Field(description="why it would not start now though it could: the slot or the pool is taken")
+    request: dict[str, JsonValue] | None = Field(description="what the launcher would send to its engine, secrets hidden")
+    task_context: dict[str, Any] = Field(description="what the runner would be told of its task")
+
+
 class EvidenceRecord(BaseModel):
     """One thing that was seen, and where."""
 

@@ -6,12 +6,16 @@ A launch belongs to the service from the moment its intent is written; the calle
 import asyncio
 import hashlib
 import hmac
+import json
 import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue
 
 from app.context import inherited, launch_spec
 from app.diagnosis import Diagnosis, diagnose
@@ -19,24 +23,30 @@ from app.errors import (
     Fault,
     InvalidRequest,
     LauncherError,
+    LaunchRejected,
     NotAuthenticated,
     NotFound,
     RunnerEnded,
     RunnerLaunchError,
+    SlotBusy,
     Unavailable,
 )
 from app.events import Event, Feed, Watch
 from app.journal import Journal, Line, write_out
-from app.launcher import Handle, LaunchSpec
+from app.launcher import Handle, LaunchSpec, Renders
 from app.logs import Spool
 from app.models import LaunchRequest, Slot
 from app.pools import Pool, Pools, Usage, load_pools, resolve
 from app.reason import Reason
 from app.reconciler import Reconciler
+from app.redaction import redacted, without_secrets
 from app.runner import Phase, Runner, finished, identity, stop_asked
 from app.settings import Settings
 from app.slots import real_place
 from app.store import Filter, Intent, Store
+
+NO_RUNNER = "runner-000000000000"
+"""The id of a runner that is only thought of."""
 
 NEWS_SECONDS = 60.0
 LAST_LINES = 20
@@ -56,6 +66,16 @@ class Launched:
 
     runner: Runner
     replayed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A launch that was only thought of; ``rendered`` is what would be sent to the engine, None if it cannot be shown."""
+
+    pool: Pool
+    refusal: str | None
+    rendered: dict[str, JsonValue] | None
+    context: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +128,7 @@ class RunnerService:
             return Launched(await self._launched(known, wait), replayed=True)
         if self.draining.is_set():
             raise Unavailable("the service is going down and takes no more launches", code="draining")
-        pool = resolve(self.pools, request.pool, allow_inline=self._settings.allow_inline_pools)
-        if not (await self._store.pool_switches()).get(pool.name, pool.enabled):
-            text = f"pool {pool.name} is switched off"
-            raise InvalidRequest(text, Fault("/pool", text), code="pool-disabled")
+        pool = await self._pool_of(request)
         place = await self._place(request.slot, pool)
         runner, spec = self._prepare(request, pool, place, traceparent)
         intent = Intent(
@@ -125,6 +142,42 @@ class RunnerService:
         )
         runner, replayed = await self._store.intend(intent)
         return Launched(await self._launched(runner, wait), replayed)
+
+    async def preview(self, request: LaunchRequest, traceparent: str) -> Preview:
+        """Show what a launch would be, without making anything. Raises RequestRefused as a launch would."""
+        pool = await self._pool_of(request)
+        place = await self._place(request.slot, pool)
+        runner, spec = self._prepare(request, pool, place, traceparent)
+        runner = replace(runner, runner_id=NO_RUNNER)
+        environment = {**spec.environment, "RUNNER_ID": NO_RUNNER}
+        shown = redacted(replace(spec, environment=environment, labels=identity(runner)), pool.config.environment)
+        try:
+            launcher = self._reconciler.launcher(pool.engine)
+            rendered = await asyncio.to_thread(launcher.render, NO_RUNNER, shown) if isinstance(launcher, Renders) else None
+        except LaunchRejected as error:
+            raise InvalidRequest(f"{pool.engine}: {error}", code="launch-rejected") from error
+        return Preview(
+            pool=pool,
+            refusal=await self._refusal(runner, pool),
+            rendered=None if rendered is None else without_secrets(rendered),
+            context=json.loads(spec.context),
+        )
+
+    async def _refusal(self, runner: Runner, pool: Pool) -> str | None:
+        """Say why a runner could not start now."""
+        try:
+            await self._store.check_slot(runner)
+        except SlotBusy as error:
+            return str(error)
+        return pool.refusal((await self._store.usage()).get(pool.name, Usage()))
+
+    async def _pool_of(self, request: LaunchRequest) -> Pool:
+        """Find the pool that a request means. Raises InvalidRequest."""
+        pool = resolve(self.pools, request.pool, allow_inline=self._settings.allow_inline_pools)
+        if not (await self._store.pool_switches()).get(pool.name, pool.enabled):
+            text = f"pool {pool.name} is switched off"
+            raise InvalidRequest(text, Fault("/pool", text), code="pool-disabled")
+        return pool
 
     async def _place(self, slot: Slot, pool: Pool) -> str | None:
         """Find where a slot really is, for pools whose runners work there."""

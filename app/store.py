@@ -201,6 +201,10 @@ class Store:
         """Give the runner that is meant: by its id, or by a beginning that only one id has. Raises NotFound, AmbiguousId."""
         return await self._read(lambda connection: _named(connection, given))
 
+    async def check_slot(self, runner: Runner) -> None:
+        """Raise SlotBusy if the slot that a runner would work in, by its id or its place, has a live runner."""
+        await self._read(lambda connection: _check_slot(connection, runner))
+
     async def spec(self, runner_id: str) -> LaunchSpec | None:
         """Give how to launch a runner; None once that is wiped."""
         query = sa.select(specs.c.spec).where(specs.c.runner_id == runner_id)

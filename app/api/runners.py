@@ -8,13 +8,22 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from pydantic import StringConstraints
-from starlette.responses import StreamingResponse
+from starlette.responses import JSONResponse, StreamingResponse
 
 from app.api import plain, streams
 from app.api.answers import Service, Who, is_known, next_cursor, next_link, place_of, problems, record
 from app.api.auth import bearer
 from app.context import traceparent
-from app.models import DiagnosisRecord, EventPage, LaunchRequest, RunnerPage, RunnerRecord, diagnosis_record, event_record
+from app.models import (
+    DiagnosisRecord,
+    EventPage,
+    LaunchRequest,
+    PreviewRecord,
+    RunnerPage,
+    RunnerRecord,
+    diagnosis_record,
+    event_record,
+)
 from app.runner import Phase, Runner, State
 from app.service import RunnerService
 from app.store import Filter
@@ -36,10 +45,16 @@ Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_le
     "/runners",
     status_code=201,
     summary="Launch a runner",
-    description="Answers when the engine has accepted the launch, or with 202 when the wait is over before that.",
+    description=(
+        "Answers when the engine has accepted the launch, or with 202 when the wait is over before that. With `dry_run` "
+        "nothing is launched: the answer shows what would be sent to the engine."
+    ),
     response_model=RunnerRecord,
     responses={
-        200: {"model": RunnerRecord, "description": "An earlier request with this Idempotency-Key, as it is now"},
+        200: {
+            "model": RunnerRecord | PreviewRecord,
+            "description": "An earlier request with this Idempotency-Key, as it is now; or what a launch would be",
+        },
         202: {"model": RunnerRecord, "description": "Recorded, and going on"},
         **problems(409, 413, 422, 429, 502, 503),
     },
@@ -50,15 +65,21 @@ async def launch(
     body: LaunchRequest,
     service: Service,
     who: Who,
+    *,
+    dry_run: Annotated[bool, Query(description="launch nothing, and show what would be sent to the engine")] = False,
     prefer: Prefer = None,
     idempotency_key: Key = None,
 ) -> RunnerRecord | Response:
+    trace = traceparent(request.headers.get("traceparent"))
+    if dry_run:
+        preview = await _preview(service, body, trace)
+        return plain.shown(request, response, preview) or JSONResponse(preview.model_dump(mode="json"))
     wait, applied = patience(prefer)
     launched = await service.launch(
         body,
         who,
         key=idempotency_key,
-        traceparent=traceparent(request.headers.get("traceparent")),
+        traceparent=trace,
         wait=wait,
     )
     answer = record(request, launched.runner)
@@ -257,6 +278,17 @@ def patience(prefer: str | None, default: float = DEFAULT_WAIT_SECONDS) -> tuple
         return default, None
     wait = min(float(wish), MAX_WAIT_SECONDS)
     return wait, f"wait={wait:g}"
+
+
+async def _preview(service: RunnerService, body: LaunchRequest, trace: str) -> PreviewRecord:
+    preview = await service.preview(body, trace)
+    return PreviewRecord(
+        pool_name=preview.pool.name,
+        engine=preview.pool.engine,
+        refusal=preview.refusal,
+        request=preview.rendered,
+        task_context=preview.context,
+    )
 
 
 async def _with_ending(output: AsyncIterator[bytes], service: RunnerService, runner: Runner) -> AsyncIterator[bytes]:
