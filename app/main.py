@@ -1,5 +1,6 @@
 """The application: opens what it needs, in order, and closes it in reverse."""
 
+import asyncio
 import fcntl
 import functools
 import os
@@ -10,7 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from fastapi import FastAPI
 
 from app import __version__
-from app.api import events, gate, health, pools, problems, runners
+from app.api import engines, events, gate, health, pools, problems, runners
 from app.api.answers import describe
 from app.api.auth import Authenticator, admin_token
 from app.errors import ConfigurationError
@@ -64,6 +65,8 @@ def create_app(
             app.state.service, app.state.feed = service, feed
             app.state.authenticator.token = admin_token(settings.state_dir) if settings.auth == "on" else None
             await reconciler.start()
+            asking = asyncio.create_task(service.keep_asking_engines(), name="asking engines")
+            stack.push_async_callback(_cancel, asking)
             yield
 
     app = FastAPI(
@@ -76,10 +79,15 @@ def create_app(
     app.state.authenticator = Authenticator()
     app.add_middleware(gate.Gate, authenticator=app.state.authenticator, public_url=settings.public_url)
     problems.install(app)
-    for module in (runners, events, pools, health):
+    for module in (runners, events, pools, engines, health):
         app.include_router(module.router)
     app.openapi = functools.partial(describe, app)  # type: ignore[method-assign] # FastAPI's own way
     return app
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def _take_state_dir(settings: Settings, stack: AsyncExitStack) -> None:

@@ -357,6 +357,28 @@ class PoolPage(BaseModel):
     items: list[PoolRecord]
 
 
+class EngineRecord(BaseModel):
+    """What launchers of some pools talk to, as it was last heard of."""
+
+    model_config = _SAY
+
+    name: str
+    pools: list[str]
+    answers: bool
+    answered_at: datetime | None
+    age_seconds: float | None = Field(description="since the last answer")
+    problem: str | None = Field(description="what came instead of an answer")
+    details: dict[str, JsonValue] = Field(description="what the engine is and can do, in its launcher's words")
+
+
+class EnginePage(BaseModel):
+    """All engines that pools name or runners use."""
+
+    model_config = _SAY
+
+    items: list[EngineRecord]
+
+
 class PoolSwitch(BaseModel):
     """Switch a pool on or off; kept over restarts, and stronger than the pool file."""
 

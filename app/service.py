@@ -19,6 +19,7 @@ from pydantic import JsonValue
 
 from app.context import inherited, launch_spec
 from app.diagnosis import Diagnosis, diagnose
+from app.engines import Engines, EngineState
 from app.errors import (
     Fault,
     InvalidRequest,
@@ -113,6 +114,7 @@ class RunnerService:
         self.pools = pools
         self.url = settings.public_url or ""
         self.draining = asyncio.Event()
+        self._engines = Engines(reconciler, lambda: self.pools.by_name, now)
 
     # Launch.
 
@@ -291,6 +293,14 @@ class RunnerService:
             while runner.phase is not Phase.FINISHED and not self.draining.is_set():
                 runner = await self._news(watch, NEWS_SECONDS) or runner
         return runner
+
+    def engine_states(self) -> list[EngineState]:
+        """Give all engines that pools name or runners use, as they were last heard of."""
+        return self._engines.states()
+
+    async def keep_asking_engines(self) -> None:
+        """Ask engines what they are and can do, again and again, until cancelled."""
+        await self._engines.keep_asking()
 
     async def diagnosis(self, runner: Runner) -> Diagnosis:
         """Explain a runner, with the last lines of its log if they can be had."""
