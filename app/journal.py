@@ -44,6 +44,7 @@ class Journal:
         self._before = 0  # every event behind this revision is kept, up to the newest
         self._news = asyncio.Event()
         self._closed = False
+        self.followers = 0
         feed.listen(self._changed)
 
     async def open(self, ending: asyncio.Event) -> None:
@@ -83,18 +84,22 @@ class Journal:
 
     async def follow(self, place: int, idle: float) -> AsyncIterator[list[Line]]:
         """Give what is behind a place, and what comes, until the service ends; an empty list after so many idle seconds."""
-        while not self._closed:
-            news = self._news
-            lines = await self.after(place)
-            if lines:
-                place = lines[-1].revision
-                yield lines
-                continue
-            try:
-                async with asyncio.timeout(idle):
-                    await news.wait()
-            except TimeoutError:
-                yield []
+        self.followers += 1
+        try:
+            while not self._closed:
+                news = self._news
+                lines = await self.after(place)
+                if lines:
+                    place = lines[-1].revision
+                    yield lines
+                    continue
+                try:
+                    async with asyncio.timeout(idle):
+                        await news.wait()
+                except TimeoutError:
+                    yield []
+        finally:
+            self.followers -= 1
 
     def _kept_after(self, place: int) -> list[Line]:
         """Look from the newest backwards: most readers are nearly there."""

@@ -25,6 +25,7 @@ from app.reconciler import Reconciler
 from app.service import RunnerService
 from app.settings import Settings
 from app.store import Store
+from app.telemetry import Telemetry
 
 
 def create_app(
@@ -63,6 +64,7 @@ def create_app(
             service.url = settings.public_url or url or f"http://{settings.listen}"
             stack.push_async_callback(reconciler.aclose)
             app.state.service, app.state.feed = service, feed
+            app.state.telemetry = Telemetry(feed, lambda: service.pools.by_name, now)
             app.state.authenticator.token = admin_token(settings.state_dir) if settings.auth == "on" else None
             await reconciler.start()
             asking = asyncio.create_task(service.keep_asking_engines(), name="asking engines")

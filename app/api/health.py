@@ -2,7 +2,8 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
+from starlette.responses import PlainTextResponse
 
 from app.api.answers import Service, problems
 from app.models import Readiness
@@ -13,6 +14,19 @@ router = APIRouter(tags=["health"])
 @router.get("/livez", summary="Whether the process lives")
 async def livez() -> dict[str, str]:
     return {"status": "alive"}
+
+
+@router.get(
+    "/metrics",
+    summary="Figures for Prometheus",
+    response_class=PlainTextResponse,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems()},
+)
+async def metrics(request: Request, service: Service) -> Response:
+    text, media_type = request.app.state.telemetry.exposition(
+        request.headers.get("accept", ""), await service.pool_states(), service.engine_states(), service.journal.followers
+    )
+    return Response(text, media_type=media_type)
 
 
 @router.get(
