@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from app import __version__
 from app.api import engines, events, gate, health, pools, problems, runners
 from app.api.answers import describe
-from app.api.auth import Authenticator, admin_token
+from app.api.auth import Authenticator
 from app.errors import ConfigurationError
 from app.events import Feed
 from app.journal import Journal
@@ -44,8 +44,6 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            if settings.tokens_file:
-                raise ConfigurationError("RUNNER_LAUNCHER_TOKENS_FILE: token files are not read by this version yet")
             _take_state_dir(settings, stack)
             feed = Feed()
             spool = Spool(settings.state_dir / "logs")
@@ -65,7 +63,10 @@ def create_app(
             stack.push_async_callback(reconciler.aclose)
             app.state.service, app.state.feed = service, feed
             app.state.telemetry = Telemetry(feed, lambda: service.pools.by_name, now)
-            app.state.authenticator.token = admin_token(settings.state_dir) if settings.auth == "on" else None
+            app.state.authenticator.open(settings)
+            if settings.tokens_file:
+                reading = asyncio.create_task(app.state.authenticator.keep_reading(settings.tokens_file), name="token file")
+                stack.push_async_callback(_cancel, reading)
             await reconciler.start()
             asking = asyncio.create_task(service.keep_asking_engines(), name="asking engines")
             stack.push_async_callback(_cancel, asking)
@@ -78,7 +79,7 @@ def create_app(
         lifespan=lifespan,
         generate_unique_id_function=lambda route: f"{route.tags[0]}_{route.name}" if route.tags else route.name,
     )
-    app.state.authenticator = Authenticator()
+    app.state.authenticator = Authenticator(now)
     app.add_middleware(gate.Gate, authenticator=app.state.authenticator, public_url=settings.public_url)
     problems.install(app)
     for module in (runners, events, pools, engines, health):

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from app.caller import Caller, Scope
 from app.context import inherited, launch_spec
 from app.diagnosis import Diagnosis, diagnose
 from app.engines import Engines, EngineState
@@ -27,6 +28,7 @@ from app.errors import (
     LaunchRejected,
     NotAuthenticated,
     NotFound,
+    NotPermitted,
     RunnerEnded,
     RunnerLaunchError,
     SlotBusy,
@@ -52,13 +54,6 @@ NO_RUNNER = "runner-000000000000"
 NEWS_SECONDS = 60.0
 LAST_LINES = 20
 LAST_BYTES = 65_536
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks: a name for idempotency keys and for the history."""
-
-    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +125,7 @@ class RunnerService:
             return Launched(await self._launched(known, wait), replayed=True)
         if self.draining.is_set():
             raise Unavailable("the service is going down and takes no more launches", code="draining")
-        pool = await self._pool_of(request)
+        pool = await self._pool_of(request, caller)
         place = await self._place(request.slot, pool)
         runner, spec = self._prepare(request, pool, place, traceparent)
         intent = Intent(
@@ -145,9 +140,9 @@ class RunnerService:
         runner, replayed = await self._store.intend(intent)
         return Launched(await self._launched(runner, wait), replayed)
 
-    async def preview(self, request: LaunchRequest, traceparent: str) -> Preview:
+    async def preview(self, request: LaunchRequest, caller: Caller, traceparent: str) -> Preview:
         """Show what a launch would be, without making anything. Raises RequestRefused as a launch would."""
-        pool = await self._pool_of(request)
+        pool = await self._pool_of(request, caller)
         place = await self._place(request.slot, pool)
         runner, spec = self._prepare(request, pool, place, traceparent)
         runner = replace(runner, runner_id=NO_RUNNER)
@@ -173,8 +168,12 @@ class RunnerService:
             return str(error)
         return pool.refusal((await self._store.usage()).get(pool.name, Usage()))
 
-    async def _pool_of(self, request: LaunchRequest) -> Pool:
-        """Find the pool that a request means. Raises InvalidRequest."""
+    async def _pool_of(self, request: LaunchRequest, caller: Caller) -> Pool:
+        """Find the pool that a request means. Raises InvalidRequest, NotPermitted."""
+        named = request.pool if isinstance(request.pool, str) else request.pool["name"]
+        if caller.pools is not None and not (caller.sees(named) and named in self.pools.by_name):
+            text = f"the token of {caller.name} is not for pool {named}"
+            raise NotPermitted(text, Fault("/pool", text), code="pool-not-permitted")
         pool = resolve(self.pools, request.pool, allow_inline=self._settings.allow_inline_pools)
         if not (await self._store.pool_switches()).get(pool.name, pool.enabled):
             text = f"pool {pool.name} is switched off"
@@ -248,9 +247,9 @@ class RunnerService:
 
     # Read.
 
-    async def get(self, given: str) -> Runner:
+    async def get(self, given: str, caller: Caller) -> Runner:
         """Give the runner that is meant, by its id or an unambiguous beginning of it. Raises NotFound, AmbiguousId."""
-        return await self._store.named(given)
+        return await self._store.named(given, caller.pools)
 
     async def next(self, runner: Runner, wait: float) -> Runner:
         """Give a runner as it is after its next change, or as it is after so many seconds."""
@@ -260,9 +259,9 @@ class RunnerService:
                 latest = await self._news(watch, wait) or latest
         return latest
 
-    async def page(self, wanted: Filter) -> tuple[list[Runner], int | None]:
+    async def page(self, wanted: Filter, caller: Caller) -> tuple[list[Runner], int | None]:
         """Give runners, newest first, and where the next page begins."""
-        return await self._store.page(wanted)
+        return await self._store.page(replace(wanted, pools=caller.pools))
 
     async def history(self, runner: Runner) -> list[Event]:
         """Give a runner's events."""
@@ -294,9 +293,13 @@ class RunnerService:
                 runner = await self._news(watch, NEWS_SECONDS) or runner
         return runner
 
-    def engine_states(self) -> list[EngineState]:
-        """Give all engines that pools name or runners use, as they were last heard of."""
-        return self._engines.states()
+    def engine_states(self, caller: Caller) -> list[EngineState]:
+        """Give the engines that pools name or runners use, as far as they are the caller's business, as last heard of."""
+        states = self._engines.states()
+        if caller.pools is None:
+            return states
+        states = [replace(state, pools=tuple(filter(caller.sees, state.pools))) for state in states]
+        return [state for state in states if state.pools]
 
     async def keep_asking_engines(self) -> None:
         """Ask engines what they are and can do, again and again, until cancelled."""
@@ -347,9 +350,11 @@ class RunnerService:
     # Stop, and signs of life.
 
     async def stop(self, given: str, caller: Caller, *, grace: float | None, force: bool = False) -> Runner:
-        """Ask for a runner's end; idempotent. ``force`` ends the record of one whose engine is gone for good."""
+        """Ask for a runner's end; idempotent. ``force`` ends the record of one whose engine is gone for good, for admins."""
+        if force:
+            caller.require(Scope.ADMIN)
         while True:
-            runner = await self.get(given)
+            runner = await self.get(given, caller)
             now = self._now()
             if force and runner.phase is not Phase.FINISHED:
                 text = f"given up by {caller.name}: its engine is gone for good"
@@ -379,8 +384,8 @@ class RunnerService:
 
     # Pools.
 
-    async def pool_states(self) -> list[PoolState]:
-        """Give all configured pools with their use."""
+    async def pool_states(self, caller: Caller) -> list[PoolState]:
+        """Give all configured pools, as far as they are the caller's business, with their use."""
         usage, switches = await self._store.usage(), await self._store.pool_switches()
         queued = await self._store.queue_lengths()
         return [
@@ -391,21 +396,22 @@ class RunnerService:
                 queued=queued.get(name, 0),
             )
             for name, pool in self.pools.by_name.items()
+            if caller.sees(name)
         ]
 
-    async def pool_state(self, name: str) -> PoolState:
+    async def pool_state(self, name: str, caller: Caller) -> PoolState:
         """Give one pool. Raises NotFound."""
-        for state in await self.pool_states():
+        for state in await self.pool_states(caller):
             if state.pool.name == name:
                 return state
         raise NotFound(f"no pool named {name} is configured")
 
-    async def switch_pool(self, name: str, *, enabled: bool) -> PoolState:
+    async def switch_pool(self, name: str, caller: Caller, *, enabled: bool) -> PoolState:
         """Switch a pool on or off; it stays so, whatever its file says. Raises NotFound."""
-        await self.pool_state(name)
+        await self.pool_state(name, caller)
         await self._store.switch_pool(name, enabled=enabled)
         await self._reconciler.wake_queued(name)
-        return await self.pool_state(name)
+        return await self.pool_state(name, caller)
 
     async def reload_pools(self, path: Path | None) -> None:
         """Read the pool file again; a wrong one raises ConfigurationError and changes nothing."""

@@ -16,7 +16,7 @@ import queue
 import re
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,7 +76,7 @@ class Intent:
 class Filter:
     """Which runners a list asks for; None: all. ``since`` is seconds since the epoch; ``before`` a place in the list.
 
-    ``labels`` are pairs of key and value that a runner must have, every one of them.
+    ``labels`` are pairs of key and value that a runner must have, every one of them; ``pools`` are those to look in.
     """
 
     state: State | None = None
@@ -85,6 +85,7 @@ class Filter:
     task_id: str | None = None
     slot_id: str | None = None
     labels: tuple[tuple[str, str], ...] = ()
+    pools: Collection[str] | None = None
     since: float | None = None
     before: int | None = None
     limit: int = 100
@@ -197,9 +198,12 @@ class Store:
         """Give a runner. Raises NotFound."""
         return await self._read(lambda connection: _get(connection, runner_id))
 
-    async def named(self, given: str) -> Runner:
-        """Give the runner that is meant: by its id, or by a beginning that only one id has. Raises NotFound, AmbiguousId."""
-        return await self._read(lambda connection: _named(connection, given))
+    async def named(self, given: str, pools: Collection[str] | None = None) -> Runner:
+        """Give the runner of these pools that is meant: by its id, or by a beginning that only one id has.
+
+        Raises NotFound, AmbiguousId.
+        """
+        return await self._read(lambda connection: _named(connection, given, pools))
 
     async def check_slot(self, runner: Runner) -> None:
         """Raise SlotBusy if the slot that a runner would work in, by its id or its place, has a live runner."""
@@ -570,12 +574,21 @@ def _get(connection: Connection, runner_id: str) -> Runner:
     return _load(row)
 
 
-def _named(connection: Connection, given: str) -> Runner:
+def _named(connection: Connection, given: str, pools: Collection[str] | None) -> Runner:
+    runner = _meant(connection, given, pools)
+    if pools is not None and runner.pool_name not in pools:
+        raise NotFound(f"no runner {given}")
+    return runner
+
+
+def _meant(connection: Connection, given: str, pools: Collection[str] | None) -> Runner:
     beginning = f"runner-{given.removeprefix('runner-')}"
     if not _BEGINNING.fullmatch(beginning):
         return _get(connection, beginning if _ID.fullmatch(beginning) else given)
     begins_so = (runners.c.runner_id >= beginning) & (runners.c.runner_id < beginning + "g")  # by the index, unlike LIKE
     query = sa.select(runners.c.runner_id).where(begins_so).order_by(runners.c.runner_id).limit(CANDIDATES + 1)
+    if pools is not None:
+        query = query.where(runners.c.pool_name.in_(pools))
     found = list(connection.execute(query).scalars())
     if len(found) > 1:
         some = ", ".join(found[:CANDIDATES]) + (", ..." if len(found) > CANDIDATES else "")
@@ -600,6 +613,8 @@ def _page(connection: Connection, wanted: Filter) -> tuple[list[Runner], int | N
             query = query.where(column == value)
     if wanted.phase in LIVE_PHASES:
         query = query.where(LIVE)
+    if wanted.pools is not None:
+        query = query.where(runners.c.pool_name.in_(wanted.pools))
     if wanted.since is not None:
         query = query.where(runners.c.created_at >= wanted.since)
     if wanted.phase in LIVE_PHASES or wanted.since is not None:

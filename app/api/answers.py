@@ -8,10 +8,11 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from app.caller import Caller
 from app.errors import Fault, InvalidRequest
 from app.models import Problem, RunnerRecord, runner_record
 from app.runner import Runner
-from app.service import Caller, RunnerService
+from app.service import RunnerService
 
 
 def service_of(request: Request) -> RunnerService:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from fastapi import APIRouter, Request, Response
 
 from app.api import plain
-from app.api.answers import Service, problems
+from app.api.answers import Service, Who, problems
 from app.engines import EngineState
 from app.models import EnginePage, EngineRecord
 
@@ -20,8 +20,8 @@ router = APIRouter(prefix="/engines", tags=["engines"])
     response_model=EnginePage,
     responses={200: plain.TEXT, **problems()},
 )
-async def page(request: Request, response: Response, service: Service) -> EnginePage | Response:
-    answer = EnginePage(items=[_record(state) for state in service.engine_states()])
+async def page(request: Request, response: Response, service: Service, who: Who) -> EnginePage | Response:
+    answer = EnginePage(items=[_record(state) for state in service.engine_states(who)])
     return plain.shown(request, response, answer) or answer
 
 

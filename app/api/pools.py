@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request, Response
 
 from app.api import plain
-from app.api.answers import Service, problems
+from app.api.answers import Service, Who, problems
 from app.models import PoolPage, PoolRecord, PoolSwitch
 from app.service import PoolState
 
@@ -11,14 +11,14 @@ router = APIRouter(prefix="/pools", tags=["pools"])
 
 
 @router.get("", summary="All pools and their use", response_model=PoolPage, responses={200: plain.TEXT, **problems()})
-async def page(request: Request, response: Response, service: Service) -> PoolPage | Response:
-    answer = PoolPage(items=[_record(state) for state in await service.pool_states()])
+async def page(request: Request, response: Response, service: Service, who: Who) -> PoolPage | Response:
+    answer = PoolPage(items=[_record(state) for state in await service.pool_states(who)])
     return plain.shown(request, response, answer) or answer
 
 
 @router.get("/{name}", summary="A pool and its use", response_model=PoolRecord, responses={200: plain.TEXT, **problems(404)})
-async def read(request: Request, response: Response, name: str, service: Service) -> PoolRecord | Response:
-    answer = _record(await service.pool_state(name))
+async def read(request: Request, response: Response, name: str, service: Service, who: Who) -> PoolRecord | Response:
+    answer = _record(await service.pool_state(name, who))
     return plain.shown(request, response, answer) or answer
 
 
@@ -29,9 +29,9 @@ async def read(request: Request, response: Response, name: str, service: Service
     responses={200: plain.TEXT, **problems(404, 413, 422)},
 )
 async def switch(
-    request: Request, response: Response, name: str, body: PoolSwitch, service: Service
+    request: Request, response: Response, name: str, body: PoolSwitch, service: Service, who: Who
 ) -> PoolRecord | Response:
-    answer = _record(await service.switch_pool(name, enabled=body.enabled))
+    answer = _record(await service.switch_pool(name, who, enabled=body.enabled))
     return plain.shown(request, response, answer) or answer
 
 

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
 from app.api import plain
-from app.api.answers import record
+from app.api.answers import caller_of, record
 from app.errors import (
     AmbiguousId,
     ContextTooLarge,
@@ -75,7 +75,7 @@ def answer(request: Request, error: RequestRefused) -> Response:
     status = next(status for kind, status in STATUS.items() if isinstance(error, kind))
     headers: dict[str, str] = {}
     runner = None
-    if isinstance(error, SlotBusy):
+    if isinstance(error, SlotBusy) and caller_of(request).sees(error.holder.pool_name):
         runner = record(request, error.holder)
         headers["Location"] = runner.links.self
     if isinstance(error, NotAuthenticated):

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from app.api import plain, streams
 from app.api.answers import Service, Who, is_known, next_cursor, next_link, place_of, problems, record
 from app.api.auth import bearer
+from app.caller import Caller
 from app.context import traceparent
 from app.models import (
     DiagnosisRecord,
@@ -72,7 +73,7 @@ async def launch(
 ) -> RunnerRecord | Response:
     trace = traceparent(request.headers.get("traceparent"))
     if dry_run:
-        preview = await _preview(service, body, trace)
+        preview = await _preview(service, body, who, trace)
         return plain.shown(request, response, preview) or JSONResponse(preview.model_dump(mode="json"))
     wait, applied = patience(prefer)
     launched = await service.launch(
@@ -106,6 +107,7 @@ async def page(
     request: Request,
     response: Response,
     service: Service,
+    who: Who,
     *,
     state: State | None = None,
     phase: Phase | None = None,
@@ -129,7 +131,7 @@ async def page(
         before=place_of(cursor) if cursor else None,
         limit=limit,
     )
-    runners, more = await service.page(wanted)
+    runners, more = await service.page(wanted, who)
     headers = {"ETag": _page_tag(service, runners, more)}
     if more is not None:
         headers["Link"] = next_link(request, next_cursor(more))
@@ -153,10 +155,11 @@ async def read(
     response: Response,
     runner_id: Id,
     service: Service,
+    who: Who,
     if_none_match: Annotated[str | None, Header()] = None,
     prefer: Prefer = None,
 ) -> RunnerRecord | Response:
-    runner = await service.get(runner_id)
+    runner = await service.get(runner_id, who)
     answer = record(request, runner)
     if is_known(if_none_match, _tag(answer)) and (wait := patience(prefer, 0)[0]):
         answer = record(request, await service.next(runner, wait))
@@ -201,10 +204,11 @@ async def stop(
 async def logs(
     runner_id: Id,
     service: Service,
+    who: Who,
     tail: Annotated[int | None, Query(ge=0, le=1_000_000, description="only the last so many lines")] = None,
     follow: Annotated[bool, Query(description="go on until the runner ends, and say how in a last line")] = False,
 ) -> StreamingResponse:
-    runner = await service.get(runner_id)
+    runner = await service.get(runner_id, who)
     output = service.logs(runner, tail=tail, follow=follow)
     return streams.text(_with_ending(output, service, runner) if follow else output)
 
@@ -224,10 +228,11 @@ async def history(
     response: Response,
     runner_id: Id,
     service: Service,
+    who: Who,
     follow: Annotated[bool, Query(description="go on until the runner ends")] = False,
     last_event_id: streams.LastEventId = None,
 ) -> EventPage | Response:
-    runner = await service.get(runner_id)
+    runner = await service.get(runner_id, who)
     if streams.is_wanted(request) or follow:
         place = streams.revision(last_event_id)
         if place and place >= runner.revision and runner.phase is Phase.FINISHED:
@@ -248,8 +253,10 @@ async def history(
     response_model=DiagnosisRecord,
     responses={200: plain.TEXT, **problems(404, 409)},
 )
-async def diagnosis(request: Request, response: Response, runner_id: Id, service: Service) -> DiagnosisRecord | Response:
-    runner = await service.get(runner_id)
+async def diagnosis(
+    request: Request, response: Response, runner_id: Id, service: Service, who: Who
+) -> DiagnosisRecord | Response:
+    runner = await service.get(runner_id, who)
     answer = diagnosis_record(runner, await service.diagnosis(runner))
     return plain.shown(request, response, answer) or answer
 
@@ -280,8 +287,8 @@ def patience(prefer: str | None, default: float = DEFAULT_WAIT_SECONDS) -> tuple
     return wait, f"wait={wait:g}"
 
 
-async def _preview(service: RunnerService, body: LaunchRequest, trace: str) -> PreviewRecord:
-    preview = await service.preview(body, trace)
+async def _preview(service: RunnerService, body: LaunchRequest, who: Caller, trace: str) -> PreviewRecord:
+    preview = await service.preview(body, who, trace)
     return PreviewRecord(
         pool_name=preview.pool.name,
         engine=preview.pool.engine,
