@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     JsonValue,
     TypeAdapter,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -93,8 +94,17 @@ def _json(value: dict[str, Any]) -> dict[str, Any]:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
-Identifier = Annotated[Text, Field(min_length=1, max_length=1024), AfterValidator(_plain)]
-SlotPath = Annotated[Text, AfterValidator(_plain), AfterValidator(_absolute)]
+Identifier = Annotated[
+    Text,
+    Field(min_length=1, max_length=1024, json_schema_extra={"pattern": r"^[^\u0000-\u001f\u007f]*$"}),
+    AfterValidator(_plain),
+]
+SlotPath = Annotated[
+    Text,
+    Field(json_schema_extra={"pattern": r"^/[^\u0000-\u001f\u007f]*$"}),
+    AfterValidator(_plain),
+    AfterValidator(_absolute),
+]
 Metadata = Annotated[dict[str, Any], AfterValidator(_json)]
 
 _READ = ConfigDict(strict=True, frozen=True, extra="ignore", hide_input_in_errors=True)
@@ -145,6 +155,14 @@ class InlinePool(BaseModel):
 
 
 _NAME = TypeAdapter[str](Identifier)
+_POOL_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "object", "properties": {"name": {"type": "string", "minLength": 1}}, "required": ["name"]},
+    ],
+    "title": "Pool",
+    "description": "a configured pool's name, or an object: one that bears a configured name means that pool",
+}
 
 
 def _named(pool: object) -> object:
@@ -164,7 +182,7 @@ class LaunchRequest(BaseModel):
 
     task: Task
     slot: Slot
-    pool: Annotated[str | dict[str, Any], BeforeValidator(_named)]
+    pool: Annotated[str | dict[str, Any], BeforeValidator(_named), WithJsonSchema(_POOL_SCHEMA)]
 
 
 # The answers.

@@ -614,6 +614,8 @@ async def test_pages_show_every_runner_once_also_while_new_ones_come(client: htt
         ({"state": "happy"}, "/query/state"),
         ({"phase": "Running"}, "/query/phase"),
         ({"since": "yesterday"}, "/query/since"),
+        ({"since": "0.5"}, "/query/since"),
+        ({"since": "2026-01-05"}, "/query/since"),
         ({"label": "team"}, "/query/label/0"),
         ({"label": "=core"}, "/query/label/0"),
     ],

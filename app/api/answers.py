@@ -8,6 +8,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from app.api import examples
 from app.caller import Caller
 from app.errors import Fault, InvalidRequest
 from app.models import Problem, RunnerRecord, runner_record
@@ -79,5 +80,6 @@ def describe(app: FastAPI) -> dict[str, Any]:
         components["schemas"] = dict(sorted({**components["schemas"], **shapes}.items()))
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         described["security"] = [{"token": []}]
+        examples.add(described)
         app.openapi_schema = described
     return app.openapi_schema

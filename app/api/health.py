@@ -12,7 +12,7 @@ from app.models import Readiness
 router = APIRouter(tags=["health"])
 
 
-@router.get("/livez", summary="Whether the process lives")
+@router.get("/livez", summary="Whether the process lives", openapi_extra={"security": []})
 async def livez() -> dict[str, str]:
     return {"status": "alive"}
 
@@ -38,6 +38,7 @@ async def metrics(request: Request, service: Service, who: Who) -> Response:
 @router.get(
     "/readyz",
     summary="Whether requests are served",
+    openapi_extra={"security": []},
     responses={**problems(), 503: {"model": Readiness, "description": "Not now"}},
 )
 async def readyz(

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import re
 from http import HTTPStatus
 from math import ceil
 
@@ -60,6 +61,8 @@ PLAIN_CODES = {HTTPStatus.BAD_REQUEST: "unparsable", HTTPStatus.REQUEST_ENTITY_T
 """What the framework's refusals are called; others by their phrase, which must not change with the Python version."""
 
 RETRY_SECONDS = (1, 5)
+
+_BRACES = re.compile(r"\{\w+\}")
 
 
 def install(app: FastAPI) -> None:
@@ -127,9 +130,21 @@ async def _plain(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         return await _defect(request, error)
     status = HTTPStatus(error.status_code)
+    headers = dict(error.headers or {})
+    if status is HTTPStatus.METHOD_NOT_ALLOWED:  # the framework names those of the first route only
+        headers["Allow"] = ", ".join(_methods(request)) or headers.get("Allow", "")
     code = PLAIN_CODES.get(status) or status.phrase.lower().replace(" ", "-")
     text = f"{error.detail}: {error.__cause__}" if error.__cause__ else str(error.detail)
-    return _problem(request, status, code, text, headers=dict(error.headers or {}))
+    return _problem(request, status, code, text, headers=headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """Give the methods by which a path may be called, as the description tells them."""
+    paths = request.app.openapi()["paths"].items()
+    here = request.url.path
+    return sorted(
+        {method.upper() for path, calls in paths if re.fullmatch(_BRACES.sub("[^/]+", path), here) for method in calls}
+    )
 
 
 async def _defect(request: Request, error: Exception) -> Response:

@@ -3,11 +3,12 @@
 import hashlib
 import re
 from collections.abc import AsyncIterator
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
-from pydantic import StringConstraints
+from pydantic import AfterValidator, BeforeValidator, StringConstraints
+from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse, StreamingResponse
 
 from app.api import plain, streams
@@ -36,8 +37,23 @@ MAX_GRACE_SECONDS = 86_400
 
 router = APIRouter(tags=["runners"])
 
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d(:\d\d(\.\d+)?)?([Zz]|[+-]\d\d:?\d\d)?", re.ASCII)
+
+
+def _written(moment: object) -> object:
+    """Refuse what is no time as RFC 3339 writes it, such as a number, which would be taken for seconds."""
+    if not _MOMENT.fullmatch(str(moment)):
+        raise PydanticCustomError("no_moment", "must be a time such as 2026-01-05T09:30:00Z")
+    return moment
+
+
+def _placed(moment: datetime) -> datetime:
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
 Prefer = Annotated[str | None, Header(description="`wait=N` seconds for the engine's word, or `respond-async`")]
 Id = Annotated[str, Path(description="a runner's id, or a beginning of it that no other has; `runner-` may be left out")]
+Moment = Annotated[datetime, BeforeValidator(_written), AfterValidator(_placed)]
 Label = Annotated[str, StringConstraints(pattern=r"^[^=]+=")]
 Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
 
@@ -115,7 +131,7 @@ async def page(
     task_id: str | None = None,
     slot_id: str | None = None,
     label: Annotated[list[Label], Query(description="`key=value`; repeated: all of them")] = [],  # noqa: B006 - FastAPI copies it
-    since: Annotated[datetime | None, Query(description="created at or after")] = None,
+    since: Annotated[Moment | None, Query(description="created at or after")] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
     cursor: str | None = None,
     if_none_match: Annotated[str | None, Header()] = None,
