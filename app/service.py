@@ -278,7 +278,7 @@ class RunnerService:
                 if new := [event for event in events if event.revision > place]:
                     place = new[-1].revision
                     yield [write_out(event, runner.task_id, runner.pool_name) for event in new]
-                if events[-1].to_phase is Phase.FINISHED:
+                if not events or events[-1].to_phase is Phase.FINISHED:
                     return
                 if await self._news(watch, idle) is None:
                     if self.draining.is_set():
@@ -332,8 +332,8 @@ class RunnerService:
         """Give a runner's output, while it runs and after its end; ``follow`` goes on until its end."""
         with self._feed.watching(runner.runner_id) as watch:
             runner = await self._store.get(runner.runner_id)
-            while follow and not runner.accepted and runner.phase is not Phase.FINISHED:
-                runner = (await watch.change()).runner
+            while follow and not runner.accepted and runner.phase is not Phase.FINISHED and not self.draining.is_set():
+                runner = await self._news(watch, NEWS_SECONDS) or runner
             if not runner.accepted:
                 return
             launcher = self._reconciler.launcher(runner.engine)

@@ -6,6 +6,7 @@ from pathlib import Path
 import httpx
 from conftest import Json, Service, finished, launch_body, launched, local_pool, until
 
+from app.api.auth import NOBODY
 from app.engines import Engines
 from app.errors import LaunchRejected
 from app.launchers.fake import FakeLauncher, FakeWorld
@@ -98,5 +99,5 @@ async def test_a_launcher_that_is_not_there_is_told(tmp_path: Path) -> None:
     settings = Settings(state_dir=tmp_path / "state", pools_file=tmp_path / "pools.yaml", auth="off")
     app = create_app(settings, launchers=none)
     async with app.router.lifespan_context(app):
-        (state,) = await until(lambda: [each for each in app.state.service.engine_states() if each.problem])
+        (state,) = await until(lambda: [each for each in app.state.service.engine_states(NOBODY) if each.problem])
         assert state.problem == "no launcher for this"

@@ -215,6 +215,22 @@ async def test_a_follower_of_a_capped_log_is_told_of_any_gap(server: Served, pla
     assert told + 32 * len(numbers) == 8 * MEBIBYTE
 
 
+async def test_a_follower_of_a_queued_launch_is_let_go_when_the_service_goes_down(serve: Serve, slot: Path) -> None:
+    pools = {"local": local_pool(max_concurrency=1, queue_limit=1)}
+    async with serve(pools, leave_runners=True) as running, running.client() as client:
+        holder = await launched(client, launch_body(slot, STEP.format("on")))
+        body = launch_body(slot.with_name("slot-2"))
+        queued = (await client.post("/runners", json=body, headers={"Prefer": "respond-async"})).json()
+        assert queued["phase"] == "queued"
+        following = asyncio.create_task(log_of(client, queued, follow=True))
+        await asyncio.sleep(0.2)
+        async with asyncio.timeout(5):
+            assert await running.end(signal.SIGTERM) == 0
+            assert await following == "[the service is going down; ask again to follow on]\n"
+    (slot / "go-on").touch()
+    await until(lambda: not alive(holder))
+
+
 async def test_a_follower_is_let_go_when_the_service_goes_down(serve: Serve, slot: Path) -> None:
     async with serve(leave_runners=True) as running, running.client() as client:
         runner = await launched(client, launch_body(slot, "echo ready\n" + STEP.format("on")))

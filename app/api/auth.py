@@ -55,7 +55,9 @@ class Authenticator:
 
     def open(self, settings: Settings) -> None:
         """Take the tokens that the settings name, or let everybody in. Raises ConfigurationError. Blocks."""
-        self._off = settings.auth == "off"
+        if settings.auth == "off":
+            self._off = True
+            return
         self._admin = (Token(Caller("admin"), _sha256(admin_token(settings.state_dir))),)
         self._tokens = load_tokens(settings.tokens_file) if settings.tokens_file else ()
 
