@@ -70,7 +70,7 @@ def load_tokens(path: Path) -> tuple[Token, ...]:
     try:
         entries = _entries.validate_python(yaml.safe_load(path.read_bytes()) or [])
     except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}") from error
+        raise ConfigurationError(f"RUNNER_LAUNCHER_TOKENS_FILE: {path}: {error.strerror}") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigurationError(f"{path}: not YAML") from error  # whose text may hold a token written there by mistake
     except ValidationError as error:
