@@ -8,6 +8,7 @@ RunnerLauncherError
 │   └── RunnerGone              the engine has no such runner
 ├── RequestRefused          a request that changed nothing; ``code`` names it for machines
 │   ├── NotAuthenticated, NotPermitted, NotFound, InvalidRequest, ContextTooLarge
+│   ├── AmbiguousId, RunnerEnded, HistoryGone
 │   └── SlotBusy, PoolFull, Unavailable
 └── RunnerLaunchError       an accepted request whose launch failed; carries the runner
 """
@@ -106,6 +107,12 @@ class NotFound(RequestRefused):
     code = "not-found"
 
 
+class AmbiguousId(RequestRefused):
+    """The beginning of more than one runner's id; the text names some of them."""
+
+    code = "ambiguous-id"
+
+
 class InvalidRequest(RequestRefused):
     """Well-formed, and still nothing that could be done."""
 
@@ -133,6 +140,12 @@ class RunnerEnded(RequestRefused):
     """The runner has ended already, and so cannot do this."""
 
     code = "runner-ended"
+
+
+class HistoryGone(RequestRefused):
+    """What followed the revision that a reader has read up to can no longer be told without a gap."""
+
+    code = "history-gone"
 
 
 class PoolFull(RequestRefused):

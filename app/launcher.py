@@ -15,7 +15,7 @@ Errors     ``LauncherUnavailable``, ``LaunchRejected``, ``RunnerGone`` (see erro
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from pydantic import JsonValue
 
@@ -197,4 +197,25 @@ class Launcher(Protocol):
 
     async def aclose(self) -> None:
         """End watches, followers and connections. Never stops a runner. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class Renders(Protocol):
+    """What a launcher may do besides: show what it would send to its engine."""
+
+    def render(self, runner_id: str, spec: LaunchSpec) -> Mapping[str, JsonValue]:
+        """What ``launch`` would do with this: the command, container configuration or manifest. May block.
+
+        Asks no engine and makes nothing. Raises LaunchRejected for what surely does not work.
+        """
+        ...
+
+
+@runtime_checkable
+class Tells(Protocol):
+    """What a launcher may do besides: say what its engine is and can do."""
+
+    async def about(self) -> Mapping[str, JsonValue]:
+        """The engine's version, what limits it holds, which permissions we have. Raises LauncherUnavailable."""
         ...

@@ -1,5 +1,6 @@
 """The application: opens what it needs, in order, and closes it in reverse."""
 
+import asyncio
 import fcntl
 import functools
 import os
@@ -10,11 +11,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from fastapi import FastAPI
 
 from app import __version__
-from app.api import gate, health, pools, problems, runners
+from app.api import engines, events, gate, health, pools, problems, runners
 from app.api.answers import describe
-from app.api.auth import Authenticator, admin_token
+from app.api.auth import Authenticator
 from app.errors import ConfigurationError
 from app.events import Feed
+from app.journal import Journal
 from app.launcher import Launcher
 from app.launchers import open_launcher
 from app.logs import Spool
@@ -23,6 +25,7 @@ from app.reconciler import Reconciler
 from app.service import RunnerService
 from app.settings import Settings, installation
 from app.store import Store
+from app.telemetry import Telemetry
 
 
 def create_app(
@@ -40,8 +43,6 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            if settings.tokens_file:
-                raise ConfigurationError("RUNNER_LAUNCHER_TOKENS_FILE: token files are not read by this version yet")
             _take_state_dir(settings, stack)
             ours = functools.partial(open_launcher, state_dir=settings.state_dir, installation=installation(settings))
             feed = Feed()
@@ -50,16 +51,25 @@ def create_app(
             store = Store(settings.database, feed.publish)
             stack.push_async_callback(store.aclose)
             await store.open()
+            journal = Journal(store, feed)
             service: RunnerService
             reconciler = Reconciler(
                 store, feed, spool, open_launcher=launchers or ours, pools=lambda: service.pools.by_name, now=now
             )
-            service = RunnerService(settings, store, feed, spool, reconciler, pools=configured, now=now)
+            service = RunnerService(settings, store, feed, spool, reconciler, journal=journal, pools=configured, now=now)
+            await journal.open(service.draining)
+            stack.push_async_callback(journal.aclose)
             service.url = settings.public_url or url or f"http://{settings.listen}"
             stack.push_async_callback(reconciler.aclose)
             app.state.service, app.state.feed = service, feed
-            app.state.authenticator.token = admin_token(settings.state_dir) if settings.auth == "on" else None
+            app.state.telemetry = Telemetry(feed, lambda: service.pools.by_name, now)
+            app.state.authenticator.open(settings)
+            if settings.tokens_file:
+                reading = asyncio.create_task(app.state.authenticator.keep_reading(settings.tokens_file), name="token file")
+                stack.push_async_callback(_cancel, reading)
             await reconciler.start()
+            asking = asyncio.create_task(service.keep_asking_engines(), name="asking engines")
+            stack.push_async_callback(_cancel, asking)
             yield
 
     app = FastAPI(
@@ -69,13 +79,18 @@ def create_app(
         lifespan=lifespan,
         generate_unique_id_function=lambda route: f"{route.tags[0]}_{route.name}" if route.tags else route.name,
     )
-    app.state.authenticator = Authenticator()
+    app.state.authenticator = Authenticator(now)
     app.add_middleware(gate.Gate, authenticator=app.state.authenticator, public_url=settings.public_url)
     problems.install(app)
-    for module in (runners, pools, health):
+    for module in (runners, events, pools, engines, health):
         app.include_router(module.router)
     app.openapi = functools.partial(describe, app)  # type: ignore[method-assign] # FastAPI's own way
     return app
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def _take_state_dir(settings: Settings, stack: AsyncExitStack) -> None:

@@ -17,10 +17,12 @@ from pydantic import (
     Field,
     JsonValue,
     TypeAdapter,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from app.diagnosis import Diagnosis, Source
 from app.events import Event
 from app.launcher import EnforcedBy, Handle
 from app.reason import Reason
@@ -92,8 +94,17 @@ def _json(value: dict[str, Any]) -> dict[str, Any]:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
-Identifier = Annotated[Text, Field(min_length=1, max_length=1024), AfterValidator(_plain)]
-SlotPath = Annotated[Text, AfterValidator(_plain), AfterValidator(_absolute)]
+Identifier = Annotated[
+    Text,
+    Field(min_length=1, max_length=1024, json_schema_extra={"pattern": r"^[^\u0000-\u001f\u007f]*$"}),
+    AfterValidator(_plain),
+]
+SlotPath = Annotated[
+    Text,
+    Field(json_schema_extra={"pattern": r"^/[^\u0000-\u001f\u007f]*$"}),
+    AfterValidator(_plain),
+    AfterValidator(_absolute),
+]
 Metadata = Annotated[dict[str, Any], AfterValidator(_json)]
 
 _READ = ConfigDict(strict=True, frozen=True, extra="ignore", hide_input_in_errors=True)
@@ -144,6 +155,14 @@ class InlinePool(BaseModel):
 
 
 _NAME = TypeAdapter[str](Identifier)
+_POOL_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "object", "properties": {"name": {"type": "string", "minLength": 1}}, "required": ["name"]},
+    ],
+    "title": "Pool",
+    "description": "a configured pool's name, or an object: one that bears a configured name means that pool",
+}
 
 
 def _named(pool: object) -> object:
@@ -163,7 +182,7 @@ class LaunchRequest(BaseModel):
 
     task: Task
     slot: Slot
-    pool: Annotated[str | dict[str, Any], BeforeValidator(_named)]
+    pool: Annotated[str | dict[str, Any], BeforeValidator(_named), WithJsonSchema(_POOL_SCHEMA)]
 
 
 # The answers.
@@ -210,6 +229,7 @@ class LinksRecord(BaseModel):
     self: str
     logs: str
     events: str
+    diagnosis: str
 
 
 class RunnerRecord(BaseModel):
@@ -264,6 +284,9 @@ class EventRecord(BaseModel):
     model_config = _SAY
 
     revision: int
+    runner_id: str
+    task_id: str
+    pool_name: str
     at: datetime
     type: str
     from_: Phase | None = Field(serialization_alias="from")
@@ -279,6 +302,51 @@ class EventPage(BaseModel):
     model_config = _SAY
 
     items: list[EventRecord]
+
+
+class JournalPage(BaseModel):
+    """Events of all runners in the order of their revisions. ``revision`` is where to go on later: as `since`."""
+
+    model_config = _SAY
+
+    items: list[EventRecord]
+    next_cursor: str | None
+    revision: int
+
+
+class PreviewRecord(BaseModel):
+    """What a launch would be, if it were asked for now. Nothing was made, and no engine was asked."""
+
+    model_config = _SAY
+
+    pool_name: str
+    engine: str
+    refusal: str | None = Field(description="why it would not start now though it could: the slot or the pool is taken")
+    request: dict[str, JsonValue] | None = Field(description="what the launcher would send to its engine, secrets hidden")
+    task_context: dict[str, Any] = Field(description="what the runner would be told of its task")
+
+
+class EvidenceRecord(BaseModel):
+    """One thing that was seen, and where."""
+
+    model_config = _SAY
+
+    source: Source
+    text: str
+
+
+class DiagnosisRecord(BaseModel):
+    """What happened to a runner, in plain words."""
+
+    model_config = _SAY
+
+    runner_id: str
+    state: State
+    reason: Reason | None
+    summary: str
+    likely_cause: str
+    evidence: list[EvidenceRecord]
+    next_step: str
 
 
 class PoolRecord(BaseModel):
@@ -305,6 +373,28 @@ class PoolPage(BaseModel):
     model_config = _SAY
 
     items: list[PoolRecord]
+
+
+class EngineRecord(BaseModel):
+    """What launchers of some pools talk to, as it was last heard of."""
+
+    model_config = _SAY
+
+    name: str
+    pools: list[str]
+    answers: bool
+    answered_at: datetime | None
+    age_seconds: float | None = Field(description="since the last answer")
+    problem: str | None = Field(description="what came instead of an answer")
+    details: dict[str, JsonValue] = Field(description="what the engine is and can do, in its launcher's words")
+
+
+class EnginePage(BaseModel):
+    """All engines that pools name or runners use."""
+
+    model_config = _SAY
+
+    items: list[EngineRecord]
 
 
 class PoolSwitch(BaseModel):
@@ -401,14 +491,30 @@ def runner_record(runner: Runner, *, answered_at: float | None, stale: bool) -> 
         isolation=handle.isolation,
         last_heartbeat=_time(runner.last_heartbeat),
         log_truncated=runner.log_truncated,
-        links=LinksRecord(self=here, logs=f"{here}/logs", events=f"{here}/events"),
+        links=LinksRecord(self=here, logs=f"{here}/logs", events=f"{here}/events", diagnosis=f"{here}/diagnosis"),
     )
 
 
-def event_record(event: Event) -> EventRecord:
-    """Say what happened."""
+def diagnosis_record(runner: Runner, diagnosis: Diagnosis) -> DiagnosisRecord:
+    """Say what happened to a runner."""
+    return DiagnosisRecord(
+        runner_id=runner.runner_id,
+        state=runner.state,
+        reason=runner.reason,
+        summary=diagnosis.summary,
+        likely_cause=diagnosis.likely_cause,
+        evidence=[EvidenceRecord(source=each.source, text=each.text) for each in diagnosis.evidence],
+        next_step=diagnosis.next_step,
+    )
+
+
+def event_record(event: Event, *, task_id: str, pool_name: str) -> EventRecord:
+    """Say what happened, and to whose runner."""
     return EventRecord(
         revision=event.revision,
+        runner_id=event.runner_id,
+        task_id=task_id,
+        pool_name=pool_name,
         at=_moment(event.at),
         type=event.type,
         from_=event.from_phase,

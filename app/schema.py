@@ -5,7 +5,7 @@ The unique indexes over live rows are the slot guard: they hold even against a d
 
 from sqlalchemy import Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, text
 
-HEAD = "0001"
+HEAD = "0002"
 """The migration that this code expects; a test compares it with the scripts."""
 
 metadata = MetaData()
@@ -41,6 +41,14 @@ Index("runners_task", runners.c.task_id, runners.c.seq)
 Index("runners_slot", runners.c.slot_id, runners.c.seq)
 Index("runners_pool", runners.c.pool_name, runners.c.seq)
 Index("runners_state", runners.c.state, runners.c.seq)
+
+runner_labels = Table(  # the labels of runners, as lists are asked for them; `seq` is the runner's
+    "runner_labels",
+    metadata,
+    Column("key", String, primary_key=True),
+    Column("value", String, primary_key=True),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+)
 
 specs = Table(  # how to launch, secrets included; wiped at the end
     "specs",

@@ -6,6 +6,7 @@ A launch belongs to the service from the moment its intent is written; the calle
 import asyncio
 import hashlib
 import hmac
+import json
 import os
 import secrets
 import time
@@ -13,36 +14,48 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from pydantic import JsonValue
+
+from app.caller import Caller, Scope
 from app.context import inherited, launch_spec
+from app.diagnosis import Diagnosis, diagnose
+from app.engines import Engines, EngineState
 from app.errors import (
     Fault,
     InvalidRequest,
+    LauncherError,
     LauncherUnavailable,
+    LaunchRejected,
     NotAuthenticated,
     NotFound,
+    NotPermitted,
     RunnerEnded,
     RunnerLaunchError,
+    SlotBusy,
     Unavailable,
 )
 from app.events import Event, Feed, Watch
-from app.launcher import Handle, LaunchSpec
+from app.journal import Journal, Line, write_out
+from app.launcher import Handle, LaunchSpec, Renders
 from app.logs import Spool
 from app.models import LaunchRequest, Slot
 from app.pools import Pool, Pools, Usage, load_pools, resolve
 from app.reason import Reason
 from app.reconciler import Reconciler
+from app.redaction import redacted, without_secrets
 from app.runner import Phase, Runner, finished, identity, stop_asked
 from app.settings import Settings
 from app.slots import named_place, real_place
 from app.store import Filter, Intent, Store
 
+NO_RUNNER = "runner-000000000000"
+"""The id of a runner that is only thought of."""
 
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks: a name for idempotency keys and for the history."""
-
-    name: str
+NEWS_SECONDS = 60.0
+LAST_LINES = 20
+LAST_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +64,16 @@ class Launched:
 
     runner: Runner
     replayed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A launch that was only thought of; ``rendered`` is what would be sent to the engine, None if it cannot be shown."""
+
+    pool: Pool
+    refusal: str | None
+    rendered: dict[str, JsonValue] | None
+    context: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +97,7 @@ class RunnerService:
         spool: Spool,
         reconciler: Reconciler,
         *,
+        journal: Journal,
         pools: Pools,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -83,9 +107,11 @@ class RunnerService:
         self._spool = spool
         self._reconciler = reconciler
         self._now = now
+        self.journal = journal
         self.pools = pools
         self.url = settings.public_url or ""
         self.draining = asyncio.Event()
+        self._engines = Engines(reconciler, lambda: self.pools.by_name, now)
 
     # Launch.
 
@@ -101,10 +127,7 @@ class RunnerService:
             return Launched(await self._launched(known, wait), replayed=True)
         if self.draining.is_set():
             raise Unavailable("the service is going down and takes no more launches", code="draining")
-        pool = resolve(self.pools, request.pool, allow_inline=self._settings.allow_inline_pools)
-        if not (await self._store.pool_switches()).get(pool.name, pool.enabled):
-            text = f"pool {pool.name} is switched off"
-            raise InvalidRequest(text, Fault("/pool", text), code="pool-disabled")
+        pool = await self._pool_of(request, caller)
         place = await self._place(request.slot, pool)
         runner, spec = self._prepare(request, pool, place, traceparent)
         intent = Intent(
@@ -118,6 +141,46 @@ class RunnerService:
         )
         runner, replayed = await self._store.intend(intent)
         return Launched(await self._launched(runner, wait), replayed)
+
+    async def preview(self, request: LaunchRequest, caller: Caller, traceparent: str) -> Preview:
+        """Show what a launch would be, without making anything. Raises RequestRefused as a launch would."""
+        pool = await self._pool_of(request, caller)
+        place = await self._place(request.slot, pool)
+        runner, spec = self._prepare(request, pool, place, traceparent)
+        runner = replace(runner, runner_id=NO_RUNNER)
+        environment = {**spec.environment, "RUNNER_ID": NO_RUNNER}
+        shown = redacted(replace(spec, environment=environment, labels=identity(runner)), pool.config.environment)
+        try:
+            launcher = await self._reconciler.launcher(pool.engine)
+            rendered = await asyncio.to_thread(launcher.render, NO_RUNNER, shown) if isinstance(launcher, Renders) else None
+        except LaunchRejected as error:
+            raise InvalidRequest(f"{pool.engine}: {error}", code="launch-rejected") from error
+        return Preview(
+            pool=pool,
+            refusal=await self._refusal(runner, pool),
+            rendered=None if rendered is None else without_secrets(rendered),
+            context=json.loads(spec.context),
+        )
+
+    async def _refusal(self, runner: Runner, pool: Pool) -> str | None:
+        """Say why a runner could not start now."""
+        try:
+            await self._store.check_slot(runner)
+        except SlotBusy as error:
+            return str(error)
+        return pool.refusal((await self._store.usage()).get(pool.name, Usage()))
+
+    async def _pool_of(self, request: LaunchRequest, caller: Caller) -> Pool:
+        """Find the pool that a request means. Raises InvalidRequest, NotPermitted."""
+        named = request.pool if isinstance(request.pool, str) else request.pool["name"]
+        if caller.pools is not None and not (caller.sees(named) and named in self.pools.by_name):
+            text = f"the token of {caller.name} is not for pool {named}"
+            raise NotPermitted(text, Fault("/pool", text), code="pool-not-permitted")
+        pool = resolve(self.pools, request.pool, allow_inline=self._settings.allow_inline_pools)
+        if not (await self._store.pool_switches()).get(pool.name, pool.enabled):
+            text = f"pool {pool.name} is switched off"
+            raise InvalidRequest(text, Fault("/pool", text), code="pool-disabled")
+        return pool
 
     async def _place(self, slot: Slot, pool: Pool) -> str | None:
         """Find where a slot really is, for pools whose runners work there; on another machine nobody can follow links."""
@@ -187,9 +250,9 @@ class RunnerService:
 
     # Read.
 
-    async def get(self, runner_id: str) -> Runner:
-        """Give a runner. Raises NotFound."""
-        return await self._store.get(runner_id)
+    async def get(self, given: str, caller: Caller) -> Runner:
+        """Give the runner that is meant, by its id or an unambiguous beginning of it. Raises NotFound, AmbiguousId."""
+        return await self._store.named(given, caller.pools)
 
     async def next(self, runner: Runner, wait: float) -> Runner:
         """Give a runner as it is after its next change, or as it is after so many seconds."""
@@ -199,14 +262,65 @@ class RunnerService:
                 latest = await self._news(watch, wait) or latest
         return latest
 
-    async def page(self, wanted: Filter) -> tuple[list[Runner], int | None]:
+    async def page(self, wanted: Filter, caller: Caller) -> tuple[list[Runner], int | None]:
         """Give runners, newest first, and where the next page begins."""
-        return await self._store.page(wanted)
+        return await self._store.page(replace(wanted, pools=caller.pools))
 
-    async def history(self, runner_id: str) -> list[Event]:
-        """Give a runner's events. Raises NotFound."""
-        await self._store.get(runner_id)
-        return await self._store.history(runner_id)
+    async def history(self, runner: Runner) -> list[Event]:
+        """Give a runner's events."""
+        return await self._store.history(runner.runner_id)
+
+    async def follow(self, runner: Runner, place: int, idle: float) -> AsyncIterator[list[Line]]:
+        """Give a runner's events behind a revision, those there are and those that come; ends with it, or with the service.
+
+        An empty list says that nothing happened for so many seconds.
+        """
+        with self._feed.watching(runner.runner_id) as watch:
+            while True:
+                events = await self._store.history(runner.runner_id)
+                if new := [event for event in events if event.revision > place]:
+                    place = new[-1].revision
+                    yield [write_out(event, runner.task_id, runner.pool_name) for event in new]
+                if not events or events[-1].to_phase is Phase.FINISHED:
+                    return
+                if await self._news(watch, idle) is None:
+                    if self.draining.is_set():
+                        return
+                    yield []
+
+    async def ended(self, runner: Runner) -> Runner:
+        """Give a runner as it is at its end, or when the service goes down."""
+        with self._feed.watching(runner.runner_id) as watch:
+            runner = await self._store.get(runner.runner_id)
+            while runner.phase is not Phase.FINISHED and not self.draining.is_set():
+                runner = await self._news(watch, NEWS_SECONDS) or runner
+        return runner
+
+    def engine_states(self, caller: Caller) -> list[EngineState]:
+        """Give the engines that pools name or runners use, as far as they are the caller's business, as last heard of."""
+        states = self._engines.states()
+        if caller.pools is None:
+            return states
+        states = [replace(state, pools=tuple(filter(caller.sees, state.pools))) for state in states]
+        return [state for state in states if state.pools]
+
+    async def keep_asking_engines(self) -> None:
+        """Ask engines what they are and can do, again and again, until cancelled."""
+        await self._engines.keep_asking()
+
+    async def diagnosis(self, runner: Runner) -> Diagnosis:
+        """Explain a runner, with the last lines of its log if they can be had."""
+        events = await self._store.history(runner.runner_id)
+        return diagnose(runner, events, await self._last_lines(runner), stale=self.heard(runner)[1])
+
+    async def _last_lines(self, runner: Runner) -> list[str]:
+        last = b""
+        try:
+            async for data in await self.logs(runner, tail=LAST_LINES, follow=False):
+                last = (last + data)[-LAST_BYTES:]
+        except (LauncherError, Unavailable) as error:
+            return [f"(the log cannot be read now: {error})"]
+        return last.decode(errors="replace").splitlines()[-LAST_LINES:]
 
     def heard(self, runner: Runner) -> tuple[float | None, bool]:
         """Say when a runner's engine last answered, and whether that is too long ago to rely on."""
@@ -217,12 +331,11 @@ class RunnerService:
         """Say of every engine in use whether it answers."""
         return self._reconciler.engines()
 
-    async def logs(self, runner_id: str, *, tail: int | None, follow: bool) -> AsyncIterator[bytes]:
+    async def logs(self, runner: Runner, *, tail: int | None, follow: bool) -> AsyncIterator[bytes]:
         """Give a runner's output, while it runs and after its end; ``follow`` goes on until its end.
 
-        Raises NotFound, and Unavailable when its engine does not answer; a log that has begun ends with a line that says so.
+        Raises Unavailable when its engine does not answer; a log that has begun ends with a line that says so.
         """
-        runner = await self._store.get(runner_id)
         output = self._output(runner, tail, follow=follow)
         if follow:
             return output
@@ -232,8 +345,8 @@ class RunnerService:
     async def _output(self, runner: Runner, tail: int | None, *, follow: bool) -> AsyncGenerator[bytes]:
         with self._feed.watching(runner.runner_id) as watch:
             runner = await self._store.get(runner.runner_id)
-            while follow and not runner.accepted and runner.phase is not Phase.FINISHED:
-                runner = (await watch.change()).runner
+            while follow and not runner.accepted and runner.phase is not Phase.FINISHED and not self.draining.is_set():
+                runner = await self._news(watch, NEWS_SECONDS) or runner
             if not runner.accepted:
                 return
             launcher = await self._reconciler.launcher(runner.engine)
@@ -256,10 +369,12 @@ class RunnerService:
 
     # Stop, and signs of life.
 
-    async def stop(self, runner_id: str, caller: Caller, *, grace: float | None, force: bool = False) -> Runner:
-        """Ask for a runner's end; idempotent. ``force`` ends the record of one whose engine is gone for good."""
+    async def stop(self, given: str, caller: Caller, *, grace: float | None, force: bool = False) -> Runner:
+        """Ask for a runner's end; idempotent. ``force`` ends the record of one whose engine is gone for good, for admins."""
+        if force:
+            caller.require(Scope.ADMIN)
         while True:
-            runner = await self._store.get(runner_id)
+            runner = await self.get(given, caller)
             now = self._now()
             if force and runner.phase is not Phase.FINISHED:
                 text = f"given up by {caller.name}: its engine is gone for good"
@@ -289,8 +404,8 @@ class RunnerService:
 
     # Pools.
 
-    async def pool_states(self) -> list[PoolState]:
-        """Give all configured pools with their use."""
+    async def pool_states(self, caller: Caller) -> list[PoolState]:
+        """Give all configured pools, as far as they are the caller's business, with their use."""
         usage, switches = await self._store.usage(), await self._store.pool_switches()
         queued = await self._store.queue_lengths()
         return [
@@ -301,21 +416,22 @@ class RunnerService:
                 queued=queued.get(name, 0),
             )
             for name, pool in self.pools.by_name.items()
+            if caller.sees(name)
         ]
 
-    async def pool_state(self, name: str) -> PoolState:
+    async def pool_state(self, name: str, caller: Caller) -> PoolState:
         """Give one pool. Raises NotFound."""
-        for state in await self.pool_states():
+        for state in await self.pool_states(caller):
             if state.pool.name == name:
                 return state
         raise NotFound(f"no pool named {name} is configured")
 
-    async def switch_pool(self, name: str, *, enabled: bool) -> PoolState:
+    async def switch_pool(self, name: str, caller: Caller, *, enabled: bool) -> PoolState:
         """Switch a pool on or off; it stays so, whatever its file says. Raises NotFound."""
-        await self.pool_state(name)
+        await self.pool_state(name, caller)
         await self._store.switch_pool(name, enabled=enabled)
         await self._reconciler.wake_queued(name)
-        return await self.pool_state(name)
+        return await self.pool_state(name, caller)
 
     async def reload_pools(self, path: Path | None) -> None:
         """Read the pool file again; a wrong one raises ConfigurationError and changes nothing."""

@@ -13,9 +13,10 @@ import contextlib
 import functools
 import logging
 import queue
+import re
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,20 +28,25 @@ from sqlalchemy import Connection, Engine, Row
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 from sqlalchemy.pool import QueuePool
 
-from app.errors import ConfigurationError, InvalidRequest, NotFound, PoolFull, SlotBusy, Unavailable
+from app.errors import AmbiguousId, ConfigurationError, InvalidRequest, NotFound, PoolFull, SlotBusy, Unavailable
 from app.events import Change, Event
 from app.launcher import LaunchSpec
 from app.pools import Usage
 from app.reason import Reason
 from app.runner import LIVE as LIVE_PHASES
 from app.runner import PLACED, Phase, Runner, State, admitted
-from app.schema import HEAD, LIVE, events, idempotency_keys, pool_switches, runners, specs
+from app.schema import HEAD, LIVE, events, idempotency_keys, pool_switches, runner_labels, runners, specs
 
 log = logging.getLogger(__name__)
 
 BATCH = 500
 READERS = 2
 IDLE_SECONDS = 0.5
+CANDIDATES = 5
+"""How many runners are named to somebody whose short id means more than one."""
+
+_ID = re.compile(r"runner-[0-9a-f]{12}")
+_BEGINNING = re.compile(r"runner-[0-9a-f]{1,11}")
 
 T = TypeVar("T")
 Write = Callable[[Connection, list[Change]], T]
@@ -68,13 +74,18 @@ class Intent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filter:
-    """Which runners a list asks for; None: all. ``since`` is seconds since the epoch; ``before`` a place in the list."""
+    """Which runners a list asks for; None: all. ``since`` is seconds since the epoch; ``before`` a place in the list.
+
+    ``labels`` are pairs of key and value that a runner must have, every one of them; ``pools`` are those to look in.
+    """
 
     state: State | None = None
     phase: Phase | None = None
     pool: str | None = None
     task_id: str | None = None
     slot_id: str | None = None
+    labels: tuple[tuple[str, str], ...] = ()
+    pools: Collection[str] | None = None
     since: float | None = None
     before: int | None = None
     limit: int = 100
@@ -187,6 +198,17 @@ class Store:
         """Give a runner. Raises NotFound."""
         return await self._read(lambda connection: _get(connection, runner_id))
 
+    async def named(self, given: str, pools: Collection[str] | None = None) -> Runner:
+        """Give the runner of these pools that is meant: by its id, or by a beginning that only one id has.
+
+        Raises NotFound, AmbiguousId.
+        """
+        return await self._read(lambda connection: _named(connection, given, pools))
+
+    async def check_slot(self, runner: Runner) -> None:
+        """Raise SlotBusy if the slot that a runner would work in, by its id or its place, has a live runner."""
+        await self._read(lambda connection: _check_slot(connection, runner))
+
     async def spec(self, runner_id: str) -> LaunchSpec | None:
         """Give how to launch a runner; None once that is wiped."""
         query = sa.select(specs.c.spec).where(specs.c.runner_id == runner_id)
@@ -231,7 +253,25 @@ class Store:
         """Give a runner's events, the first one first."""
         query = sa.select(events.c.revision, events.c.body).where(events.c.runner_id == runner_id)
         rows = await self._read(lambda connection: connection.execute(query.order_by(events.c.revision)).all())
-        return [replace(_event.validate_json(row.body), revision=row.revision) for row in rows]
+        return [_event_of(row) for row in rows]
+
+    async def span(self) -> tuple[int, int]:
+        """Give the oldest and the newest revision of all events; (1, 0) if there are none."""
+
+        def read(connection: Connection) -> tuple[int, int]:  # one by one: together they would walk through the table
+            oldest = connection.execute(sa.select(sa.func.min(events.c.revision))).scalar()
+            newest = connection.execute(sa.select(sa.func.max(events.c.revision))).scalar()
+            return oldest or 1, newest or 0
+
+        return await self._read(read)
+
+    async def events(self, after: int, limit: int) -> list[tuple[Event, str, str]]:
+        """Give the next events of all runners behind a revision, each with its runner's task_id and pool_name."""
+        columns = (events.c.revision, events.c.body, runners.c.task_id, runners.c.pool_name)
+        query = sa.select(*columns).join(runners, runners.c.runner_id == events.c.runner_id)
+        query = query.where(events.c.revision > after).order_by(events.c.revision).limit(limit)
+        rows = await self._read(lambda connection: connection.execute(query).all())
+        return [(_event_of(row), row.task_id, row.pool_name) for row in rows]
 
     async def usage(self) -> dict[str, Usage]:
         """Give what is in use, by pool; a pool that is not named has nothing in use."""
@@ -439,7 +479,10 @@ def _insert(
     )
     event = _append(connection, event)
     runner = replace(runner, revision=event.revision)
-    connection.execute(sa.insert(runners).values(_columns(runner)))
+    key = connection.execute(sa.insert(runners).values(_columns(runner))).inserted_primary_key
+    if runner.labels and key:
+        rows = [{"key": name, "value": value, "seq": key[0]} for name, value in runner.labels.items()]
+        connection.execute(sa.insert(runner_labels), rows)
     changes.append(Change(runner, event))
     return runner
 
@@ -531,8 +574,34 @@ def _get(connection: Connection, runner_id: str) -> Runner:
     return _load(row)
 
 
+def _named(connection: Connection, given: str, pools: Collection[str] | None) -> Runner:
+    runner = _meant(connection, given, pools)
+    if pools is not None and runner.pool_name not in pools:
+        raise NotFound(f"no runner {given}")
+    return runner
+
+
+def _meant(connection: Connection, given: str, pools: Collection[str] | None) -> Runner:
+    beginning = f"runner-{given.removeprefix('runner-')}"
+    if not _BEGINNING.fullmatch(beginning):
+        return _get(connection, beginning if _ID.fullmatch(beginning) else given)
+    begins_so = (runners.c.runner_id >= beginning) & (runners.c.runner_id < beginning + "g")  # by the index, unlike LIKE
+    query = sa.select(runners.c.runner_id).where(begins_so).order_by(runners.c.runner_id).limit(CANDIDATES + 1)
+    if pools is not None:
+        query = query.where(runners.c.pool_name.in_(pools))
+    found = list(connection.execute(query).scalars())
+    if len(found) > 1:
+        some = ", ".join(found[:CANDIDATES]) + (", ..." if len(found) > CANDIDATES else "")
+        raise AmbiguousId(f"{given} is the beginning of more than one id: {some}")
+    return _get(connection, found[0] if found else given)
+
+
 def _page(connection: Connection, wanted: Filter) -> tuple[list[Runner], int | None]:
-    query = _whole().add_columns(runners.c.seq).order_by(runners.c.seq.desc()).limit(wanted.limit + 1)
+    labels = [(runner_labels.alias(), *pair) for pair in wanted.labels]
+    seq = labels[0][0].c.seq if labels else runners.c.seq  # SQLite walks through the index whose column is named here
+    query = _whole().add_columns(runners.c.seq).order_by(seq.desc()).limit(wanted.limit + 1)
+    for label, key, text in labels:
+        query = query.join(label, label.c.seq == runners.c.seq).where(label.c.key == key, label.c.value == text)
     for column, value in {
         runners.c.state: wanted.state,
         runners.c.phase: wanted.phase,
@@ -544,13 +613,15 @@ def _page(connection: Connection, wanted: Filter) -> tuple[list[Runner], int | N
             query = query.where(column == value)
     if wanted.phase in LIVE_PHASES:
         query = query.where(LIVE)
+    if wanted.pools is not None:
+        query = query.where(runners.c.pool_name.in_(wanted.pools))
     if wanted.since is not None:
         query = query.where(runners.c.created_at >= wanted.since)
     if wanted.phase in LIVE_PHASES or wanted.since is not None:
         # By an index, and sorted: else SQLite walks through all runners in order.
         query = query.order_by(None).order_by((runners.c.seq + 0).desc())
     if wanted.before is not None:
-        query = query.where(runners.c.seq < wanted.before)
+        query = query.where(seq < wanted.before)
     rows = connection.execute(query).all()
     page = rows[: wanted.limit]
     return [_load(row) for row in page], page[-1].seq if len(rows) > wanted.limit else None
@@ -581,6 +652,10 @@ def _whole() -> sa.Select[Any]:
 def _load(row: Row[Any]) -> Runner:
     runner = _runner.validate_json(row.body)
     return replace(runner, revision=row.revision, last_heartbeat=row.last_heartbeat, cleaned=row.cleaned)
+
+
+def _event_of(row: Any) -> Event:  # noqa: ANN401 - a row with these two and more
+    return replace(_event.validate_json(row.body), revision=row.revision)
 
 
 def _columns(runner: Runner) -> dict[str, Any]:

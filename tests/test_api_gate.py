@@ -118,7 +118,9 @@ async def test_a_path_that_is_not_there_is_refused_like_any_other(client: httpx.
 async def test_a_wrong_method_is_told_which_are_right(client: httpx.AsyncClient) -> None:
     answer = await client.put("/runners/runner-000000000000", json={})
     problem(answer, 405, "method-not-allowed")
-    assert answer.headers["Allow"]
+    assert answer.headers["Allow"] == "DELETE, GET"
+    assert (await client.put("/pools/local", json={})).headers["Allow"] == "GET, PATCH"
+    assert (await client.put("/docs", json={})).headers["Allow"]
 
 
 async def test_where_authentication_is_off_nobody_needs_a_token(service: Service, slot: Path, state_dir: Path) -> None:

@@ -44,6 +44,11 @@ async def test_output_is_there_while_the_runner_runs_and_after_its_end(client: h
     assert await log_of(client, runner) == "one\ntwo\nthree\nfour\n"
 
 
+def completed(runner: Json) -> str:
+    """Say what a follower is told behind the log of a runner that completed."""
+    return f"[{runner['runner_id']} completed]\n"
+
+
 async def complete(client: httpx.AsyncClient, runner: Json, lines: int) -> str:
     text = await log_of(client, runner)
     return text if text.count("\n") == lines else ""
@@ -82,7 +87,8 @@ async def test_the_log_of_a_launch_that_failed_is_empty(service: Service, slot: 
     async with service({"local": local_pool(command=["no-such-command"])}) as client:
         said = problem(await client.post("/runners", json=launch_body(slot)), 422, "launch-rejected")
         assert await log_of(client, said["runner"]) == ""
-        assert await log_of(client, said["runner"], follow=True) == ""
+        followed = await log_of(client, said["runner"], follow=True)
+        assert followed == f"[{said['runner']['runner_id']} failed: launch_rejected: {said['runner']['message']}]\n"
 
 
 async def test_output_outlives_the_service(service: Service, slot: Path, state_dir: Path) -> None:
@@ -92,7 +98,7 @@ async def test_output_outlives_the_service(service: Service, slot: Path, state_d
         await until(lambda: not list((state_dir / "runners").iterdir()))
     async with service() as client:
         assert await log_of(client, runner) == "kept\n"
-        assert await log_of(client, runner, follow=True) == "kept\n"
+        assert await log_of(client, runner, follow=True) == "kept\n" + completed(runner)
 
 
 async def test_a_log_over_its_cap_keeps_the_newest_whole_lines_and_says_what_is_missing(
@@ -153,7 +159,7 @@ async def test_a_follower_sees_each_line_as_it_comes_and_is_let_go_at_the_end(se
                 async with asyncio.timeout(2):
                     assert await anext(lines) == line
             async with asyncio.timeout(2):
-                assert [line async for line in lines] == []
+                assert [line + "\n" async for line in lines] == [completed(runner)]
         assert (await record_of(client, runner))["state"] == "completed"
 
 
@@ -165,7 +171,7 @@ async def test_a_follower_may_begin_with_the_last_lines(server: Served, place: P
             lines = answer.aiter_lines()
             assert await anext(lines) == "two"
             (place / "go-three").touch()
-            assert [line async for line in lines] == ["three"]
+            assert [line async for line in lines][:-1] == ["three"]
 
 
 async def test_a_follower_gets_every_byte_of_a_runner_that_writes_and_ends(server: Served, place: Path) -> None:
@@ -174,7 +180,7 @@ async def test_a_follower_gets_every_byte_of_a_runner_that_writes_and_ends(serve
             slot = place.with_name(f"{place.name}-{number}")
             runner = await launched(client, launch_body(slot, "seq 20000; printf end"))
             text = await log_of(client, runner, follow=True)
-            assert text == "".join(f"{line}\n" for line in range(1, 20001)) + "end"
+            assert text == "".join(f"{line}\n" for line in range(1, 20001)) + "end\n" + completed(runner)
 
 
 async def test_followers_may_be_many_and_one_that_goes_away_disturbs_nobody(server: Served, place: Path) -> None:
@@ -185,7 +191,7 @@ async def test_followers_may_be_many_and_one_that_goes_away_disturbs_nobody(serv
         others = [asyncio.create_task(log_of(client, runner, follow=True)) for _ in range(5)]
         await asyncio.sleep(0.05)
         (place / "go-one").touch()
-        assert await asyncio.gather(*others) == ["ready\none\n"] * 5
+        assert await asyncio.gather(*others) == ["ready\none\n" + completed(runner)] * 5
         assert "ERROR" not in read(server.output)
 
 
@@ -193,7 +199,7 @@ async def test_a_follower_of_a_launch_that_has_not_started_waits_for_it(server: 
     async with server.client() as client:
         body = launch_body(place, "echo started")
         answer = await client.post("/runners", json=body, headers={"Prefer": "respond-async"})
-        assert await log_of(client, answer.json(), follow=True) == "started\n"
+        assert await log_of(client, answer.json(), follow=True) == "started\n" + completed(answer.json())
 
 
 async def test_a_follower_of_a_capped_log_is_told_of_any_gap(server: Served, place: Path) -> None:
@@ -201,12 +207,28 @@ async def test_a_follower_of_a_capped_log_is_told_of_any_gap(server: Served, pla
     async with server.client() as client:
         runner = await launched(client, launch_body(place, f"seq -f %031.0f {count}", pool="tight"))
         text = await log_of(client, runner, follow=True)
-    lines = text.splitlines()
+    *lines, _ = text.splitlines()
     told = sum(int(line[1:].split()[0]) for line in lines if line.startswith("["))
     numbers = [int(line) for line in lines if not line.startswith("[")]
     assert numbers == sorted(set(numbers))
     assert numbers[-1] == count
     assert told + 32 * len(numbers) == 8 * MEBIBYTE
+
+
+async def test_a_follower_of_a_queued_launch_is_let_go_when_the_service_goes_down(serve: Serve, slot: Path) -> None:
+    pools = {"local": local_pool(max_concurrency=1, queue_limit=1)}
+    async with serve(pools, leave_runners=True) as running, running.client() as client:
+        holder = await launched(client, launch_body(slot, STEP.format("on")))
+        body = launch_body(slot.with_name("slot-2"))
+        queued = (await client.post("/runners", json=body, headers={"Prefer": "respond-async"})).json()
+        assert queued["phase"] == "queued"
+        following = asyncio.create_task(log_of(client, queued, follow=True))
+        await asyncio.sleep(0.2)
+        async with asyncio.timeout(5):
+            assert await running.end(signal.SIGTERM) == 0
+            assert await following == "[the service is going down; ask again to follow on]\n"
+    (slot / "go-on").touch()
+    await until(lambda: not alive(holder))
 
 
 async def test_a_follower_is_let_go_when_the_service_goes_down(serve: Serve, slot: Path) -> None:
@@ -217,8 +239,24 @@ async def test_a_follower_is_let_go_when_the_service_goes_down(serve: Serve, slo
             assert await anext(lines) == "ready"
             async with asyncio.timeout(3):
                 ended = asyncio.create_task(running.end(signal.SIGTERM))
-                assert [line async for line in lines] == []
+                assert [line async for line in lines] == ["[the service is going down; ask again to follow on]"]
                 assert await ended == 0
     assert alive(runner)
     (slot / "go-on").touch()
     await until(lambda: not alive(runner))
+
+
+@pytest.mark.parametrize(
+    ("script", "ending"),
+    [
+        ("exit 3", "failed: exit_nonzero: exited with code 3"),
+        ("kill -KILL $$", "failed: signalled: ended by SIGKILL"),
+        ("printf unfinished; exit 3", "failed: exit_nonzero: exited with code 3"),
+    ],
+)
+async def test_a_follower_is_told_at_last_how_it_ended(
+    client: httpx.AsyncClient, slot: Path, script: str, ending: str
+) -> None:
+    runner = await launched(client, launch_body(slot, script))
+    last = (await log_of(client, runner, follow=True)).splitlines()[-1]
+    assert last == f"[{runner['runner_id']} {ending}]"

@@ -94,6 +94,7 @@ async def test_a_launch_answers_201_with_the_whole_record_and_where_it_is(client
             "self": f"/runners/{runner_id}",
             "logs": f"/runners/{runner_id}/logs",
             "events": f"/runners/{runner_id}/events",
+            "diagnosis": f"/runners/{runner_id}/diagnosis",
         },
     }
 
@@ -222,7 +223,8 @@ async def test_the_history_tells_every_step_in_order(client: httpx.AsyncClient, 
     assert revisions[-1] == record["revision"]
     last = events[-1]
     assert (last["to"], last["reason"], last["message"]) == ("finished", "exit_nonzero", "exited with code 3")
-    assert set(last) == {"revision", "at", "type", "from", "to", "reason", "message", "data"}
+    contract = {"revision", "at", "type", "from", "to", "reason", "message", "data"}
+    assert set(last) == contract | {"runner_id", "task_id", "pool_name"}
 
 
 @pytest.mark.parametrize("path", ["", "/logs", "/events"])
@@ -344,7 +346,7 @@ async def test_a_refused_request_does_not_use_its_key_up(service: Service, slot:
     async with service(ONE | {"off": local_pool(enabled=False)}) as client:
         key = {"Idempotency-Key": "k"}
         holder = await launched(client, launch_body(slot, FOREVER))
-        problem(await client.post("/runners", json=launch_body(slot), headers=key), 409, "slot-busy")
+        problem(await client.post("/runners", json=launch_body(slot, FOREVER), headers=key), 409, "slot-busy")
         second = launch_body(slot.with_name("slot-2"))
         problem(await client.post("/runners", json=second, headers=key), 429, "pool-full")
         off = launch_body(slot.with_name("slot-3"), pool="off")
@@ -554,7 +556,7 @@ async def test_a_queued_launch_whose_time_runs_out_is_told_so(service: Service, 
 
 
 async def test_a_list_shows_what_is_asked_for(service: Service, slot: Path) -> None:
-    async with service({"local": local_pool(), "other": local_pool()}) as client:
+    async with service({"local": local_pool(), "other": local_pool(labels={"team": "core", "tier": "a=b"})}) as client:
         first = await finished(client, await launched(client, launch_body(slot, "exit 0", id="a")))
         second = await finished(client, await launched(client, launch_body(slot, "exit 5", id="b", pool="other")))
         third = await launched(client, launch_body(slot.with_name("slot-3"), FOREVER, id="a"))
@@ -578,8 +580,13 @@ async def test_a_list_shows_what_is_asked_for(service: Service, slot: Path) -> N
         assert await found(since=third["created_at"]) == [three]
         assert await found(since=third["created_at"].replace("Z", "+00:00")) == [three]
         assert await found(task_id="never") == []
+        assert await found(label="team=core") == [two]
+        assert await found(label="team=") == []
         items = (await client.get("/runners")).json()["items"]
         assert items[1:] == [second, first]
+        both = await client.get("/runners?label=team%3Dcore&label=tier%3Da%3Db")
+        assert [item["runner_id"] for item in both.json()["items"]] == [two]
+        assert (await client.get("/runners?label=team%3Dcore&label=tier%3Da")).json()["items"] == []
 
 
 async def test_pages_show_every_runner_once_also_while_new_ones_come(client: httpx.AsyncClient, slot: Path) -> None:
@@ -607,10 +614,39 @@ async def test_pages_show_every_runner_once_also_while_new_ones_come(client: htt
         ({"state": "happy"}, "/query/state"),
         ({"phase": "Running"}, "/query/phase"),
         ({"since": "yesterday"}, "/query/since"),
+        ({"since": "0.5"}, "/query/since"),
+        ({"since": "2026-01-05"}, "/query/since"),
+        ({"label": "team"}, "/query/label/0"),
+        ({"label": "=core"}, "/query/label/0"),
     ],
 )
 async def test_a_list_that_makes_no_sense_is_refused(client: httpx.AsyncClient, query: dict[str, str], pointer: str) -> None:
     problem(await client.get("/runners", params=query), 422, "invalid", pointer)
+
+
+async def test_a_page_leads_to_the_next_one(client: httpx.AsyncClient, slot: Path) -> None:
+    for _ in range(3):
+        await finished(client, await launched(client, launch_body(slot)))
+    page = await client.get("/runners", params={"limit": "2", "pool": "local"})
+    assert page.links["next"]["url"].startswith("/runners?limit=2&pool=local&cursor=")
+    last = await client.get(page.links["next"]["url"])
+    assert [len(each.json()["items"]) for each in (page, last)] == [2, 1]
+    assert "Link" not in last.headers
+
+
+async def test_a_list_that_is_known_already_is_not_told_again(client: httpx.AsyncClient, slot: Path) -> None:
+    runner = await launched(client, launch_body(slot, "while [ ! -e go ]; do sleep 0.01; done"))
+    await until(lambda: running(client, runner))
+    tag = (await client.get("/runners")).headers["ETag"]
+    assert tag.startswith('W/"')
+    same = await client.get("/runners", headers={"If-None-Match": f'W/"0", {tag}'})
+    assert (same.status_code, same.content, same.headers["ETag"]) == (304, b"", tag)
+    assert (await client.get("/runners", params={"pool": "none"}, headers={"If-None-Match": tag})).status_code == 200
+    (slot / "go").touch()
+    await finished(client, runner)
+    changed = await client.get("/runners", headers={"If-None-Match": tag})
+    assert (changed.status_code, changed.json()["items"][0]["phase"]) == (200, "finished")
+    assert changed.headers["ETag"] != tag
 
 
 # Stop.

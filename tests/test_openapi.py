@@ -59,6 +59,15 @@ def test_every_operation_that_is_told_something_declares_that_it_may_be_wrong(pa
 
 
 @pytest.mark.parametrize(("path", "operation"), OPERATIONS)
+def test_every_body_has_an_example(path: str, operation: dict[str, Any]) -> None:
+    bodies = [operation.get("requestBody", {}), *operation["responses"].values()]
+    for body in bodies:
+        for kind, content in body.get("content", {}).items():
+            unshaped = kind == "text/event-stream" or path in {"/metrics", "/livez"} or path.endswith("/logs")
+            assert "example" in content or (unshaped and kind != "application/problem+json"), (path, kind)
+
+
+@pytest.mark.parametrize(("path", "operation"), OPERATIONS)
 def test_every_refusal_is_a_problem_and_nothing_else(path: str, operation: dict[str, Any]) -> None:
     for status, response in operation["responses"].items():
         if int(status) >= HTTPStatus.BAD_REQUEST and path not in PROBE:

@@ -647,6 +647,10 @@ async def test_a_page_that_ends_with_the_last_runner_has_no_next(store: Store) -
         (Filter(pool="other", state=State.FAILED, since=T), [6]),
         (Filter(state=State.RUNNING, phase=Phase.STARTING, slot_id="slot-3", task_id="task-3"), [3]),
         (Filter(pool="nowhere"), []),
+        (Filter(labels=(("team", "core"),)), [5, 4]),
+        (Filter(labels=(("team", "core"), ("tier", "1"))), [5]),
+        (Filter(labels=(("team", "core"),), state=State.RUNNING), [4]),
+        (Filter(labels=(("tier", "core"),)), []),
     ],
     ids=lambda value: str(value) if isinstance(value, Filter) else "",
 )
@@ -655,8 +659,8 @@ async def test_a_list_holds_what_was_asked_for(store: Store, wanted: Filter, num
     await add(store, 1)
     await add(store, 2, phase=Phase.QUEUED, pool_name="waiting")
     await add(store, 3, started_at=T, handle=handle, pool_name="other")
-    await add(store, 4, started_at=T, handle=handle, phase=Phase.RUNNING)
-    await end(store, await add(store, 5))
+    await add(store, 4, started_at=T, handle=handle, phase=Phase.RUNNING, labels={"team": "core"})
+    await end(store, await add(store, 5, labels={"team": "core", "tier": "1"}))
     await end(store, await add(store, 6, pool_name="other"), Reason.LOST)
     page, _ = await store.page(wanted)
     assert [runner.runner_id for runner in page] == [make(number).runner_id for number in numbers]
@@ -687,6 +691,9 @@ QUERIES: dict[str, Callable[[Store, Runner, Runner], Awaitable[object]]] = {
     "beat": lambda store, runner, _: store.beat(runner.runner_id, T),
     "forget": lambda store, runner, _: store.forget_spec(runner.runner_id),
     "get": lambda store, runner, _: store.get(runner.runner_id),
+    "named": lambda store, runner, _: store.named(runner.runner_id),
+    "events": lambda store, _, __: store.events(3, 100),
+    "span": lambda store, _, __: store.span(),
     "spec": lambda store, runner, _: store.spec(runner.runner_id),
     "unclean": lambda store, _, __: store.unclean(),
     "accepted": lambda store, _, __: store.accepted(),
@@ -709,6 +716,9 @@ QUERIES: dict[str, Callable[[Store, Runner, Runner], Awaitable[object]]] = {
     "list another pool": lambda store, _, __: store.page(Filter(pool="nowhere")),
     "list task": lambda store, _, __: store.page(Filter(task_id="task-1")),
     "list slot": lambda store, _, __: store.page(Filter(slot_id="slot-1")),
+    "list label": lambda store, _, __: store.page(Filter(labels=(("team", "core"),))),
+    "list labels": lambda store, _, __: store.page(Filter(labels=(("team", "core"), ("tier", "1")))),
+    "list label further": lambda store, _, __: store.page(Filter(labels=(("team", "core"),), before=MANY // 2)),
     "list recent": lambda store, _, __: store.page(Filter(since=T + 10 * MANY)),
 }
 
@@ -756,6 +766,8 @@ def fill(path: Path) -> None:
             FROM past, (SELECT * FROM runners ORDER BY seq LIMIT 1)""",
             [MANY],
         )
+        for label in (("team", "core"), ("tier", "1")):
+            connection.execute("INSERT INTO runner_labels SELECT ?, ?, seq FROM runners WHERE phase = 'finished'", label)
         connection.execute(
             """INSERT INTO events (revision, runner_id, at, body)
             SELECT seq + 1000, runner_id, 0, '{}' FROM runners WHERE phase = 'finished'"""
@@ -816,6 +828,16 @@ async def test_the_migrations_make_the_tables_of_the_code(store: Store, path: Pa
     for file in (path, tmp_path / "fresh.db"):
         assert "AUTOINCREMENT" in str(rows(file, "SELECT sql FROM sqlite_master WHERE name = 'events'"))
     assert indexes(path) == indexes(tmp_path / "fresh.db")
+
+
+async def test_labels_of_before_there_was_a_table_of_them_are_found(path: Path) -> None:
+    async with opened(path) as store:
+        await add(store, 1, labels={"team": "core"})
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript("DROP TABLE runner_labels; UPDATE alembic_version SET version_num = '0001'")
+    async with opened(path) as store:
+        page, _ = await store.page(Filter(labels=(("team", "core"),)))
+        assert [runner.runner_id for runner in page] == [make(1).runner_id]
 
 
 def indexes(path: Path) -> set[tuple[str, str]]:

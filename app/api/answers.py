@@ -1,5 +1,6 @@
 """What routes share in answering: the service behind a request, who asks, and how a runner is told."""
 
+import base64
 from http import HTTPStatus
 from typing import Annotated, Any, cast
 
@@ -7,9 +8,12 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from app.api import examples
+from app.caller import Caller
+from app.errors import Fault, InvalidRequest
 from app.models import Problem, RunnerRecord, runner_record
 from app.runner import Runner
-from app.service import Caller, RunnerService
+from app.service import RunnerService
 
 
 def service_of(request: Request) -> RunnerService:
@@ -32,6 +36,32 @@ def record(request: Request, runner: Runner) -> RunnerRecord:
     return runner_record(runner, answered_at=answered_at, stale=stale)
 
 
+def is_known(if_none_match: str | None, tag: str) -> bool:
+    """Say whether a client has what bears this weak tag already (RFC 9110, 13.1.2)."""
+    known = [each.strip().removeprefix("W/") for each in (if_none_match or "").split(",")]
+    return tag.removeprefix("W/") in known or known == ["*"]
+
+
+def next_cursor(place: int) -> str:
+    """Write a place in a list so that nobody reckons with it."""
+    return base64.urlsafe_b64encode(b"%d" % place).decode().rstrip("=")
+
+
+def place_of(cursor: str) -> int:
+    """Read a place in a list. Raises InvalidRequest."""
+    try:
+        return int(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+    except ValueError:
+        text = "this cursor was not given by this service"
+        raise InvalidRequest(text, Fault("/query/cursor", text)) from None
+
+
+def next_link(request: Request, cursor: str) -> str:
+    """Write the header Link that leads to the next page (RFC 8288); without a host, so that it is right behind any proxy."""
+    url = request.url.include_query_params(cursor=cursor)
+    return f'<{url.path}?{url.query}>; rel="next"'
+
+
 def problems(*statuses: int) -> dict[int | str, dict[str, object]]:
     """Declare which problems a route may answer; every route may refuse who asks, or how."""
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
@@ -50,5 +80,6 @@ def describe(app: FastAPI) -> dict[str, Any]:
         components["schemas"] = dict(sorted({**components["schemas"], **shapes}.items()))
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         described["security"] = [{"token": []}]
+        examples.add(described)
         app.openapi_schema = described
     return app.openapi_schema

@@ -1,13 +1,23 @@
-"""Who asks: the token file, and what a bearer token stands for."""
+"""Who asks: what a bearer token stands for, and which scope a call needs."""
 
+import asyncio
 import contextlib
-import hmac
+import hashlib
+import logging
 import os
 import secrets
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+from app.caller import Caller, Scope
 from app.errors import ConfigurationError, NotAuthenticated
-from app.service import Caller
+from app.settings import Settings
+from app.tokens import Token, find, load_tokens
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
 
 NOBODY = Caller("anonymous")
 """Whoever asks while authentication is off."""
@@ -31,19 +41,76 @@ def admin_token(state_dir: Path) -> str:
 
 
 class Authenticator:
-    """Tells callers by their tokens; ``token`` None lets everybody in, and until it is set nobody is."""
+    """Tells callers by their tokens; until it is opened nobody is let in.
 
-    def __init__(self) -> None:
-        self.token: str | None = secrets.token_urlsafe(32)
+    The token file is looked at once a second. A change holds from then on, also for who was known before; a file that is
+    wrong changes nothing, and the log says why.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.time) -> None:
+        self._now = now
+        self._tokens: tuple[Token, ...] = ()
+        self._admin: tuple[Token, ...] = ()
+        self._off = False
+
+    def open(self, settings: Settings) -> None:
+        """Take the tokens that the settings name, or let everybody in. Raises ConfigurationError. Blocks."""
+        if settings.auth == "off":
+            self._off = True
+            return
+        self._admin = (Token(Caller("admin"), _sha256(admin_token(settings.state_dir))),)
+        self._tokens = load_tokens(settings.tokens_file) if settings.tokens_file else ()
+
+    async def keep_reading(self, path: Path) -> None:
+        """Read the token file whenever it has changed, until cancelled."""
+        seen = await asyncio.to_thread(_version, path)
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            version = await asyncio.to_thread(_version, path)
+            if version == seen:
+                continue
+            seen = version
+            try:
+                self._tokens = await asyncio.to_thread(load_tokens, path)
+            except ConfigurationError as error:
+                log.error("the tokens stay as they were: %s", error)  # noqa: TRY400 - it says all there is
+            else:
+                log.info("the tokens were read again: %d", len(self._tokens))
 
     def caller(self, header: str | None) -> Caller:
         """Say who sends this Authorization header. Raises NotAuthenticated."""
-        if self.token is None:
+        if self._off:
             return NOBODY
-        token = bearer(header)
-        if not hmac.compare_digest(token.encode(), self.token.encode()):
+        token = find((*self._admin, *self._tokens), _sha256(bearer(header)))
+        if token is None:
             raise NotAuthenticated("the bearer token is not known")
-        return Caller("admin")
+        if token.expires is not None and token.expires <= self._now():
+            raise NotAuthenticated("the bearer token has expired")
+        return token.caller
+
+
+def needed(method: str, path: str) -> Scope:
+    """Say which scope a call needs; one that nobody thought of needs the strongest."""
+    match method:
+        case "GET" | "HEAD":
+            return Scope.READ
+        case "POST" if path == "/runners":
+            return Scope.LAUNCH
+        case "DELETE":
+            return Scope.STOP
+        case _:
+            return Scope.ADMIN
+
+
+def _version(path: Path) -> tuple[int, int, int] | None:
+    with contextlib.suppress(OSError):
+        stat = path.stat()
+        return stat.st_ino, stat.st_mtime_ns, stat.st_size
+    return None
+
+
+def _sha256(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
 
 
 def bearer(header: str | None) -> str:

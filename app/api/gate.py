@@ -5,6 +5,7 @@ by a name that suddenly means 127.0.0.1. An address in digits cannot be made to 
 """
 
 import ipaddress
+import logging
 import re
 import secrets
 import socket
@@ -16,7 +17,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.auth import NOBODY, Authenticator
+from app.api import plain
+from app.api.auth import NOBODY, Authenticator, needed
 from app.api.problems import answer
 from app.errors import ContextTooLarge, InvalidRequest, NotPermitted, RequestRefused
 
@@ -26,6 +28,11 @@ MAX_BODY_BYTES = 4 * 1024 * 1024
 OPEN = frozenset({"/livez", "/readyz"})
 HEARTBEAT = re.compile(r"/runners/[^/]+/heartbeat")
 """The one call that a runner makes, with a token of its own that the route checks."""
+
+HARMLESS = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that change nothing, and leave no line in the audit log."""
+
+audit = logging.getLogger("audit")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -51,7 +58,10 @@ class Gate:
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                if scope["method"] not in HARMLESS and not HEARTBEAT.fullmatch(scope["path"]):
+                    _note(scope, message["status"], headers.get("location"))
             await send(message)
 
         received = 0
@@ -81,6 +91,7 @@ class Gate:
             scope["caller"] = NOBODY
         else:
             scope["caller"] = self._authenticator.caller(headers.get("authorization"))
+            scope["caller"].require(needed(scope["method"], scope["path"]))
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if (length != "0" or "transfer-encoding" in headers) and kind != "application/json":
             raise InvalidRequest("the body must be application/json, and say so in Content-Type", code="content-type")
@@ -92,6 +103,14 @@ class Gate:
         origin = headers.get("origin")
         if origin is not None and _host(origin) not in self._names and not _is_address(_host(origin)):
             raise NotPermitted(f"pages of {origin} may not call this service", code="foreign-origin")
+
+
+def _note(scope: Scope, status: int, location: str | None) -> None:
+    """Write a line on a call that would change something, whatever came of it. Heartbeats, which are many, leave none."""
+    query = f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else ""
+    called = plain.one_line(f"{scope['method']} {scope['path']}{query}")
+    caller = scope["caller"].name if "caller" in scope else "nobody known"
+    audit.info("%s: %s: %d%s (request %s)", caller, called, status, f" {location}" * bool(location), scope["request_id"])
 
 
 def _host(url: str) -> str:

@@ -2,22 +2,43 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
+from starlette.responses import PlainTextResponse
 
-from app.api.answers import Service, problems
+from app.api.answers import Service, Who, problems
+from app.errors import NotPermitted
 from app.models import Readiness
 
 router = APIRouter(tags=["health"])
 
 
-@router.get("/livez", summary="Whether the process lives")
+@router.get("/livez", summary="Whether the process lives", openapi_extra={"security": []})
 async def livez() -> dict[str, str]:
     return {"status": "alive"}
 
 
 @router.get(
+    "/metrics",
+    summary="Figures for Prometheus",
+    response_class=PlainTextResponse,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems()},
+)
+async def metrics(request: Request, service: Service, who: Who) -> Response:
+    if who.pools is not None:
+        raise NotPermitted(f"the token of {who.name} is for some pools, and figures tell of all", code="pool-not-permitted")
+    text, media_type = request.app.state.telemetry.exposition(
+        request.headers.get("accept", ""),
+        await service.pool_states(who),
+        service.engine_states(who),
+        service.journal.followers,
+    )
+    return Response(text, media_type=media_type)
+
+
+@router.get(
     "/readyz",
     summary="Whether requests are served",
+    openapi_extra={"security": []},
     responses={**problems(), 503: {"model": Readiness, "description": "Not now"}},
 )
 async def readyz(

@@ -2,18 +2,22 @@
 
 import logging
 import random
+import re
 from http import HTTPStatus
 from math import ceil
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
-from app.api.answers import record
+from app.api import plain
+from app.api.answers import caller_of, record
 from app.errors import (
+    AmbiguousId,
     ContextTooLarge,
     Fault,
+    HistoryGone,
     InvalidRequest,
     NotAuthenticated,
     NotFound,
@@ -35,10 +39,12 @@ STATUS: dict[type[RequestRefused], HTTPStatus] = {
     NotAuthenticated: HTTPStatus.UNAUTHORIZED,
     NotPermitted: HTTPStatus.FORBIDDEN,
     NotFound: HTTPStatus.NOT_FOUND,
+    AmbiguousId: HTTPStatus.CONFLICT,
     InvalidRequest: HTTPStatus.UNPROCESSABLE_ENTITY,
     ContextTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     SlotBusy: HTTPStatus.CONFLICT,
     RunnerEnded: HTTPStatus.CONFLICT,
+    HistoryGone: HTTPStatus.GONE,
     PoolFull: HTTPStatus.TOO_MANY_REQUESTS,
     Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
@@ -52,6 +58,8 @@ PLAIN_CODES = {HTTPStatus.BAD_REQUEST: "unparsable", HTTPStatus.REQUEST_ENTITY_T
 """What the framework's refusals are called; others by their phrase, which must not change with the Python version."""
 
 RETRY_SECONDS = (1, 5)
+
+_BRACES = re.compile(r"\{\w+\}")
 
 
 def install(app: FastAPI) -> None:
@@ -67,7 +75,7 @@ def answer(request: Request, error: RequestRefused) -> Response:
     status = next(status for kind, status in STATUS.items() if isinstance(error, kind))
     headers: dict[str, str] = {}
     runner = None
-    if isinstance(error, SlotBusy):
+    if isinstance(error, SlotBusy) and caller_of(request).sees(error.holder.pool_name):
         runner = record(request, error.holder)
         headers["Location"] = runner.links.self
     if isinstance(error, NotAuthenticated):
@@ -120,9 +128,21 @@ async def _plain(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         return await _defect(request, error)
     status = HTTPStatus(error.status_code)
+    headers = dict(error.headers or {})
+    if status is HTTPStatus.METHOD_NOT_ALLOWED:  # the framework names those of the first route only
+        headers["Allow"] = ", ".join(_methods(request)) or headers.get("Allow", "")
     code = PLAIN_CODES.get(status) or status.phrase.lower().replace(" ", "-")
     text = f"{error.detail}: {error.__cause__}" if error.__cause__ else str(error.detail)
-    return _problem(request, status, code, text, headers=dict(error.headers or {}))
+    return _problem(request, status, code, text, headers=headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """Give the methods by which a path may be called, as the description tells them."""
+    paths = request.app.openapi()["paths"].items()
+    here = request.url.path
+    return sorted(
+        {method.upper() for path, calls in paths if re.fullmatch(_BRACES.sub("[^/]+", path), here) for method in calls}
+    )
 
 
 async def _defect(request: Request, error: Exception) -> Response:
@@ -152,6 +172,9 @@ def _problem(
         errors=[FaultRecord(pointer=fault.pointer, detail=fault.detail) for fault in faults],
         runner=runner,
     )
+    headers = {**(headers or {}), "Vary": "Accept"}
+    if plain.is_wanted(request):
+        return PlainTextResponse(plain.text(problem), status, headers)
     text = problem.model_dump_json(by_alias=True, exclude={"runner"} if runner is None else None)
     return Response(text, status, headers, media_type="application/problem+json")
 

@@ -1,20 +1,33 @@
 """Routes of runners: launch, read, stop, logs, history, heartbeat."""
 
-import base64
-import binascii
+import hashlib
 import re
-from datetime import datetime
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Request, Response
-from starlette.responses import StreamingResponse
+from fastapi import APIRouter, Header, Path, Query, Request, Response
+from pydantic import AfterValidator, BeforeValidator, StringConstraints
+from pydantic_core import PydanticCustomError
+from starlette.responses import JSONResponse, StreamingResponse
 
-from app.api.answers import Service, Who, problems, record
+from app.api import plain, streams
+from app.api.answers import Service, Who, is_known, next_cursor, next_link, place_of, problems, record
 from app.api.auth import bearer
+from app.caller import Caller
 from app.context import traceparent
-from app.errors import Fault, InvalidRequest
-from app.models import EventPage, LaunchRequest, RunnerPage, RunnerRecord, event_record
-from app.runner import Phase, State
+from app.models import (
+    DiagnosisRecord,
+    EventPage,
+    LaunchRequest,
+    PreviewRecord,
+    RunnerPage,
+    RunnerRecord,
+    diagnosis_record,
+    event_record,
+)
+from app.runner import Phase, Runner, State
+from app.service import RunnerService
 from app.store import Filter
 
 DEFAULT_WAIT_SECONDS = 30.0
@@ -24,7 +37,24 @@ MAX_GRACE_SECONDS = 86_400
 
 router = APIRouter(tags=["runners"])
 
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d(:\d\d(\.\d+)?)?([Zz]|[+-]\d\d:?\d\d)?", re.ASCII)
+
+
+def _written(moment: object) -> object:
+    """Refuse what is no time as RFC 3339 writes it, such as a number, which would be taken for seconds."""
+    if not _MOMENT.fullmatch(str(moment)):
+        raise PydanticCustomError("no_moment", "must be a time such as 2026-01-05T09:30:00Z")
+    return moment
+
+
+def _placed(moment: datetime) -> datetime:
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
 Prefer = Annotated[str | None, Header(description="`wait=N` seconds for the engine's word, or `respond-async`")]
+Id = Annotated[str, Path(description="a runner's id, or a beginning of it that no other has; `runner-` may be left out")]
+Moment = Annotated[datetime, BeforeValidator(_written), AfterValidator(_placed)]
+Label = Annotated[str, StringConstraints(pattern=r"^[^=]+=")]
 Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
 
 
@@ -32,9 +62,16 @@ Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_le
     "/runners",
     status_code=201,
     summary="Launch a runner",
-    description="Answers when the engine has accepted the launch, or with 202 when the wait is over before that.",
+    description=(
+        "Answers when the engine has accepted the launch, or with 202 when the wait is over before that. With `dry_run` "
+        "nothing is launched: the answer shows what would be sent to the engine."
+    ),
+    response_model=RunnerRecord,
     responses={
-        200: {"model": RunnerRecord, "description": "An earlier request with this Idempotency-Key, as it is now"},
+        200: {
+            "model": RunnerRecord | PreviewRecord,
+            "description": "An earlier request with this Idempotency-Key, as it is now; or what a launch would be",
+        },
         202: {"model": RunnerRecord, "description": "Recorded, and going on"},
         **problems(409, 413, 422, 429, 502, 503),
     },
@@ -45,15 +82,21 @@ async def launch(
     body: LaunchRequest,
     service: Service,
     who: Who,
+    *,
+    dry_run: Annotated[bool, Query(description="launch nothing, and show what would be sent to the engine")] = False,
     prefer: Prefer = None,
     idempotency_key: Key = None,
-) -> RunnerRecord:
+) -> RunnerRecord | Response:
+    trace = traceparent(request.headers.get("traceparent"))
+    if dry_run:
+        preview = await _preview(service, body, who, trace)
+        return plain.shown(request, response, preview) or JSONResponse(preview.model_dump(mode="json"))
     wait, applied = patience(prefer)
     launched = await service.launch(
         body,
         who,
         key=idempotency_key,
-        traceparent=traceparent(request.headers.get("traceparent")),
+        traceparent=trace,
         wait=wait,
     )
     answer = record(request, launched.runner)
@@ -66,37 +109,54 @@ async def launch(
         response.status_code = 200
     if applied:
         response.headers["Preference-Applied"] = applied
-    return answer
+    return plain.shown(request, response, answer, 201) or answer
 
 
-@router.get("/runners", summary="List runners, newest first", responses=problems(422))
+@router.get(
+    "/runners",
+    summary="List runners, newest first",
+    description="With `If-None-Match` it answers 304 while nothing in the page has changed; `Link` leads to the next page.",
+    response_model=RunnerPage,
+    responses={200: plain.TEXT, 304: {"description": "Unchanged"}, **problems(422)},
+)
 async def page(
     request: Request,
+    response: Response,
     service: Service,
+    who: Who,
     *,
     state: State | None = None,
     phase: Phase | None = None,
     pool: str | None = None,
     task_id: str | None = None,
     slot_id: str | None = None,
-    since: Annotated[datetime | None, Query(description="created at or after")] = None,
+    label: Annotated[list[Label], Query(description="`key=value`; repeated: all of them")] = [],  # noqa: B006 - FastAPI copies it
+    since: Annotated[Moment | None, Query(description="created at or after")] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
     cursor: str | None = None,
-) -> RunnerPage:
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> RunnerPage | Response:
     wanted = Filter(
         state=state,
         phase=phase,
         pool=pool,
         task_id=task_id,
         slot_id=slot_id,
+        labels=tuple((key, value) for key, _, value in (each.partition("=") for each in label)),
         since=since.timestamp() if since else None,
-        before=_place(cursor) if cursor else None,
+        before=place_of(cursor) if cursor else None,
         limit=limit,
     )
-    runners, more = await service.page(wanted)
-    return RunnerPage(
-        items=[record(request, runner) for runner in runners], next_cursor=None if more is None else _cursor(more)
-    )
+    runners, more = await service.page(wanted, who)
+    headers = {"ETag": _page_tag(service, runners, more)}
+    if more is not None:
+        headers["Link"] = next_link(request, next_cursor(more))
+    if is_known(if_none_match, headers["ETag"]):
+        return Response(status_code=304, headers=headers)
+    response.headers.update(headers)
+    items = [record(request, runner) for runner in runners]
+    answer = RunnerPage(items=items, next_cursor=None if more is None else next_cursor(more))
+    return plain.shown(request, response, answer) or answer
 
 
 @router.get(
@@ -104,65 +164,117 @@ async def page(
     summary="What became of a runner",
     description="With `If-None-Match` and `Prefer: wait=N` it answers when the record changes, or with 304 after N seconds.",
     response_model=RunnerRecord,
-    responses={304: {"description": "Unchanged"}, **problems(404)},
+    responses={200: plain.TEXT, 304: {"description": "Unchanged"}, **problems(404, 409)},
 )
 async def read(
     request: Request,
     response: Response,
-    runner_id: str,
+    runner_id: Id,
     service: Service,
+    who: Who,
     if_none_match: Annotated[str | None, Header()] = None,
     prefer: Prefer = None,
 ) -> RunnerRecord | Response:
-    runner = await service.get(runner_id)
+    runner = await service.get(runner_id, who)
     answer = record(request, runner)
-    if if_none_match and _tag(answer) in if_none_match and (wait := patience(prefer, 0)[0]):
+    if is_known(if_none_match, _tag(answer)) and (wait := patience(prefer, 0)[0]):
         answer = record(request, await service.next(runner, wait))
-    response.headers["ETag"] = _tag(answer)
-    if if_none_match and _tag(answer) in if_none_match:
+    if is_known(if_none_match, _tag(answer)):
         return Response(status_code=304, headers={"ETag": _tag(answer)})
-    return answer
+    response.headers["ETag"] = _tag(answer)
+    return plain.shown(request, response, answer) or answer
 
 
 @router.delete(
     "/runners/{runner_id}",
     summary="Stop a runner",
     description="TERM to the whole tree, and KILL after `grace` seconds. Idempotent: 202 until it has ended, then 200.",
-    responses={202: {"model": RunnerRecord, "description": "Being stopped"}, **problems(404, 422)},
+    response_model=RunnerRecord,
+    responses={
+        200: plain.TEXT,
+        202: {"model": RunnerRecord, "description": "Being stopped"},
+        **problems(404, 409, 422),
+    },
 )
 async def stop(
     request: Request,
     response: Response,
-    runner_id: str,
+    runner_id: Id,
     service: Service,
     who: Who,
     grace: Annotated[float | None, Query(ge=0, le=MAX_GRACE_SECONDS, description="seconds; default: the pool's")] = None,
     force: Annotated[bool, Query(description="end the record of a runner whose engine is gone for good")] = False,
-) -> RunnerRecord:
+) -> RunnerRecord | Response:
     runner = await service.stop(runner_id, who, grace=grace, force=force)
     response.status_code = 200 if runner.phase is Phase.FINISHED else 202
-    return record(request, runner)
+    answer = record(request, runner)
+    return plain.shown(request, response, answer) or answer
 
 
 @router.get(
     "/runners/{runner_id}/logs",
     summary="A runner's output",
     response_class=StreamingResponse,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems(404, 422)},
+    responses={200: plain.TEXT, **problems(404, 409, 422)},
 )
 async def logs(
-    runner_id: str,
+    runner_id: Id,
     service: Service,
+    who: Who,
     tail: Annotated[int | None, Query(ge=0, le=1_000_000, description="only the last so many lines")] = None,
-    follow: Annotated[bool, Query(description="go on until the runner ends")] = False,
+    follow: Annotated[bool, Query(description="go on until the runner ends, and say how in a last line")] = False,
 ) -> StreamingResponse:
-    output = await service.logs(runner_id, tail=tail, follow=follow)
-    return StreamingResponse(output, media_type="text/plain; charset=utf-8", headers={"X-Content-Type-Options": "nosniff"})
+    runner = await service.get(runner_id, who)
+    output = await service.logs(runner, tail=tail, follow=follow)
+    return streams.text(_with_ending(output, service, runner) if follow else output)
 
 
-@router.get("/runners/{runner_id}/events", summary="A runner's history", responses=problems(404))
-async def history(runner_id: str, service: Service) -> EventPage:
-    return EventPage(items=[event_record(event) for event in await service.history(runner_id)])
+@router.get(
+    "/runners/{runner_id}/events",
+    summary="A runner's history",
+    description=(
+        "With `follow` it goes on, in lines of text, until the runner ends; with `Accept: text/event-stream` as server-sent "
+        "events, whose last one, `bye`, says how it ended. Who comes back after the end is answered 204, and need not again."
+    ),
+    response_model=EventPage,
+    responses={200: streams.STREAM, 204: {"description": "It has ended, and was told"}, **problems(404, 409, 422)},
+)
+async def history(
+    request: Request,
+    response: Response,
+    runner_id: Id,
+    service: Service,
+    who: Who,
+    follow: Annotated[bool, Query(description="go on until the runner ends")] = False,
+    last_event_id: streams.LastEventId = None,
+) -> EventPage | Response:
+    runner = await service.get(runner_id, who)
+    if streams.is_wanted(request) or follow:
+        place = streams.revision(last_event_id)
+        if place and place >= runner.revision and runner.phase is Phase.FINISHED:
+            return Response(status_code=204)
+        lines = service.follow(runner, place or 0, streams.IDLE_SECONDS)
+        return streams.told(request, lines, place or 0, lambda: _ending(service, runner))
+    events = [
+        event_record(event, task_id=runner.task_id, pool_name=runner.pool_name) for event in await service.history(runner)
+    ]
+    answer = EventPage(items=events)
+    return plain.shown(request, response, answer) or answer
+
+
+@router.get(
+    "/runners/{runner_id}/diagnosis",
+    summary="What happened to a runner, in plain words",
+    description="What happened, the likely cause, what says so, and what to do next.",
+    response_model=DiagnosisRecord,
+    responses={200: plain.TEXT, **problems(404, 409)},
+)
+async def diagnosis(
+    request: Request, response: Response, runner_id: Id, service: Service, who: Who
+) -> DiagnosisRecord | Response:
+    runner = await service.get(runner_id, who)
+    answer = diagnosis_record(runner, await service.diagnosis(runner))
+    return plain.shown(request, response, answer) or answer
 
 
 @router.post(
@@ -191,18 +303,40 @@ def patience(prefer: str | None, default: float = DEFAULT_WAIT_SECONDS) -> tuple
     return wait, f"wait={wait:g}"
 
 
+async def _preview(service: RunnerService, body: LaunchRequest, who: Caller, trace: str) -> PreviewRecord:
+    preview = await service.preview(body, who, trace)
+    return PreviewRecord(
+        pool_name=preview.pool.name,
+        engine=preview.pool.engine,
+        refusal=preview.refusal,
+        request=preview.rendered,
+        task_context=preview.context,
+    )
+
+
+async def _with_ending(output: AsyncIterator[bytes], service: RunnerService, runner: Runner) -> AsyncIterator[bytes]:
+    """Say behind a followed log, on a line of its own, how the runner ended."""
+    data = b"\n"
+    async for data in output:
+        yield data
+    line = f"[{await _ending(service, runner)}]\n".encode()
+    yield line if data.endswith(b"\n") else b"\n" + line
+
+
+async def _ending(service: RunnerService, runner: Runner) -> str:
+    """Say how a runner ended, or that this is not known yet because the service goes first."""
+    runner = await service.ended(runner)
+    if runner.phase is not Phase.FINISHED:
+        return streams.GOING_DOWN
+    return plain.one_line(": ".join(filter(None, (f"{runner.runner_id} {runner.state}", runner.reason, runner.message))))
+
+
 def _tag(answer: RunnerRecord) -> str:
     """Tag a record by what it says of its runner; a heartbeat changes nothing."""
     return f'W/"{answer.revision}{"s" if answer.stale else ""}"'
 
 
-def _cursor(place: int) -> str:
-    return base64.urlsafe_b64encode(b"%d" % place).decode().rstrip("=")
-
-
-def _place(cursor: str) -> int:
-    try:
-        return int(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
-    except (ValueError, binascii.Error):
-        text = "this cursor was not given by this service"
-        raise InvalidRequest(text, Fault("/query/cursor", text)) from None
+def _page_tag(service: RunnerService, runners: list[Runner], more: int | None) -> str:
+    """Tag a page by what it says: its runners, each as it is, and whether there are more."""
+    parts = [f"{runner.runner_id}:{runner.revision}:{service.heard(runner)[1]}" for runner in runners]
+    return f'W/"{hashlib.sha256(f"{parts}{more}".encode()).hexdigest()[:32]}"'

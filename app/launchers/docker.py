@@ -21,6 +21,7 @@ from typing import Any
 import aiohttp
 from aiodocker import Docker
 from aiodocker.exceptions import DockerError
+from pydantic import JsonValue
 
 from app.errors import LauncherUnavailable, LaunchRejected, RunnerGone
 from app.launcher import Exited, Found, Gone, Handle, LaunchSpec, LogLine, Observation, Running, Starting
@@ -503,6 +504,30 @@ class DockerLauncher:
     async def ping(self) -> None:
         with self._asking("asking for a sign of life"):
             await self._docker.version()
+
+    def render(self, runner_id: str, spec: LaunchSpec) -> Mapping[str, JsonValue]:
+        owner = self._look_at_slot(spec)
+        config = container_config(
+            runner_id, spec, installation=self._installation, owner=owner, engine=self._about or Engine()
+        )
+        return {"name": NAME + runner_id, **config}
+
+    async def about(self) -> Mapping[str, JsonValue]:
+        with self._asking("asking what the engine is", acted=False):
+            info = await self._docker.system.info()
+        engine = Engine.told(info)
+        return {
+            "version": info.get("ServerVersion"),
+            "api_version": self._docker.api_version.removeprefix("v"),
+            "node": engine.name,
+            "cores": info.get("NCPU"),
+            "memory_mib": (info.get("MemTotal") or 0) >> 20,
+            "cgroup_version": info.get("CgroupVersion"),
+            "cpu_limits_by": "engine" if engine.cpu_limit else "none",
+            "memory_limits_by": "engine" if engine.memory_limit else "none",
+            "log_driver": engine.log_driver,
+            "runtimes": sorted(info.get("Runtimes") or ()),
+        }
 
     async def aclose(self) -> None:
         self._closed.set()

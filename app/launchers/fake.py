@@ -23,6 +23,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from app.errors import LauncherError, LauncherUnavailable, LaunchRejected, RunnerGone
 from app.launcher import Enforcement, Exit, Exited, Found, Gone, Handle, LaunchSpec, LogLine, Observation, Running, Starting
 
@@ -308,6 +310,14 @@ class FakeLauncher:
 
     async def ping(self) -> None:
         await self._world.asked("ping")
+
+    def render(self, runner_id: str, spec: LaunchSpec) -> Mapping[str, JsonValue]:
+        _script(spec)
+        return {"runner_id": runner_id, "command": list(spec.command or ()), "environment": dict(spec.environment)}
+
+    async def about(self) -> Mapping[str, JsonValue]:
+        await self._world.asked("about")
+        return {"version": "fake", "runners": len(self._world.runners)}
 
     async def aclose(self) -> None:
         self._closed = True

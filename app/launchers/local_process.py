@@ -24,10 +24,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from pydantic import JsonValue
+
 from app.errors import LauncherUnavailable, LaunchRejected, RunnerGone
 from app.launcher import Exited, Found, Gone, Handle, LaunchSpec, LogLine, Observation, Running, Starting
 from app.launchers import cgroup
-from app.launchers.run_directory import Look, RunDirectory
+from app.launchers.run_directory import Look, RunDirectory, command_of
 from app.logs import LogFile
 from app.reason import Reason
 
@@ -130,6 +132,22 @@ class LocalProcessLauncher:
         if not await asyncio.to_thread(os.access, self._directory.parent, os.W_OK):
             raise LauncherUnavailable(f"{self._directory.parent} cannot be written")
 
+    def render(self, runner_id: str, spec: LaunchSpec) -> Mapping[str, JsonValue]:
+        context = str(self._place(runner_id).path / "context.json")
+        enforced = cgroup.probed().enforcement(spec.cpu, spec.memory_mib)
+        return {
+            "command": list(command_of(spec)),
+            "working_dir": spec.working_dir or "/",
+            "environment": {**spec.environment, "TASK_CONTEXT_FILE": context},
+            "limits": {"cpu": spec.cpu, "memory_mib": spec.memory_mib},
+            "enforced_by": {"cpu": enforced.cpu, "memory_mib": enforced.memory_mib},
+            "run_timeout_seconds": spec.run_timeout_seconds,
+            "stop_grace_seconds": spec.stop_grace_seconds,
+        }
+
+    async def about(self) -> Mapping[str, JsonValue]:
+        return await _in_thread(_about)
+
     async def aclose(self) -> None:
         self._changed.put_nowait(None)
         if self._trimmer:
@@ -203,6 +221,21 @@ class LocalProcessLauncher:
         if not self._directory.is_dir():
             return []
         return [found for path in self._directory.iterdir() if (found := RunDirectory(path).found())]
+
+
+def _about() -> Mapping[str, JsonValue]:
+    """Say what this machine is, and what this service may do on it."""
+    machine, enforced = os.uname(), cgroup.probed().enforcement(1, 1)
+    return {
+        "version": f"{machine.sysname} {machine.release} {machine.machine}",
+        "node": machine.nodename,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
+        "cpu_limits_by": enforced.cpu,
+        "memory_limits_by": enforced.memory_mib,
+        "may_run_as_other_users": os.geteuid() == 0 and shutil.which("setpriv") is not None,
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+    }
 
 
 async def _in_thread(call: Callable[..., T], *arguments: object, undo: Callable[[T], None] | None = None) -> T:

@@ -107,11 +107,7 @@ class RunDirectory:
         """
         if (self.path / "claim").exists():
             return None
-        _check(spec)
-        user = spec.options.get("user")
-        account = Account.find(str(user)) if user is not None else None
-        if account and os.geteuid() not in (0, account.uid):
-            raise LaunchRejected(f"only a service that runs as root can start a runner as {user}")
+        account = _check(spec)
         fresh = not self.path.exists()
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -314,8 +310,18 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _check(spec: LaunchSpec) -> None:
-    """Raise LaunchRejected for a command or directory that surely does not work."""
+def command_of(spec: LaunchSpec) -> tuple[str, ...]:
+    """Give the whole command of a runner, with what makes it another user. Raises LaunchRejected as a launch would."""
+    account = _check(spec)
+    return (*(account.prefix if account else ()), *(spec.command or ()))
+
+
+def _check(spec: LaunchSpec) -> Account | None:
+    """Give the user to run as. Raises LaunchRejected for a user, command or directory that surely does not work."""
+    user = spec.options.get("user")
+    account = Account.find(str(user)) if user is not None else None
+    if account and os.geteuid() not in (0, account.uid):
+        raise LaunchRejected(f"only a service that runs as root can start a runner as {user}")
     directory = spec.working_dir or "/"
     if not Path(directory).is_dir():
         raise LaunchRejected(f"{directory} is not a directory")
@@ -332,6 +338,7 @@ def _check(spec: LaunchSpec) -> None:
             raise LaunchRejected(f"the command is not executable: {program}")
     elif not shutil.which(program, path=spec.environment.get("PATH", os.defpath)):
         raise LaunchRejected(f"no such command in PATH: {program}")
+    return account
 
 
 def _signal_name(number: int) -> str:
