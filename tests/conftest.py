@@ -30,6 +30,7 @@ from typing_extensions import override
 from app.main import create_app
 from app.settings import Settings
 
+pytest_plugins = ["docker_engine"]
 pytest.register_assert_rewrite("launcher_contract")
 
 Json = dict[str, Any]

@@ -7,6 +7,16 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "crash" / "crash.py"
+AROUND_CALLS = (
+    "create-answered",
+    "archive-answered",
+    "start-answered",
+    "start-late",
+    "kill-answered",
+    "delete-answered",
+    "end-observed",
+    "random",
+)
 
 
 def crash(*options: str) -> subprocess.CompletedProcess[str]:
@@ -27,3 +37,22 @@ def test_an_intent_written_after_the_launch_turns_the_crash_test_red() -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "DOUBLED" in done.stdout
     assert "ORPHAN" in done.stdout
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("docker_engine")
+def test_eight_crashes_around_the_calls_to_an_engine_lose_and_double_nothing() -> None:
+    points = [word for point in AROUND_CALLS for word in ("--point", point)]
+    done = crash("--kind", "docker", "--rounds", "8", *points)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kind docker" in done.stdout
+    assert "rounds 8" in done.stdout
+    assert "lost 0   doubled 0   false end 0   orphan 0" in done.stdout
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.usefixtures("docker_engine")
+def test_a_launch_before_its_intent_turns_the_crash_test_red_on_an_engine_too() -> None:
+    done = crash("--kind", "docker", "--rounds", "2", "--seed", "1", "--plant", "late-intent")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "DOUBLED" in done.stdout

@@ -1,35 +1,38 @@
 """The crash test: a real service is killed again and again with launches in flight, and nothing may be lost or doubled.
 
-    python tests/crash/crash.py --rounds 500 [--seed N] [--plant late-intent]
+    python tests/crash/crash.py --rounds 500 [--kind docker] [--seed N] [--plant late-intent]
 
 A round starts a fresh set of launches, as Dispatchers do: each with a key, repeated until it is answered. In the middle the
-service dies by SIGKILL, at a random instant or at a named point of its code (service.py), and is started again. When all
-launches have ended the judge compares, from outside: what the runners themselves wrote into a journal, which processes and
-run directories there are, and only then the records. A round in which nothing was in flight at the kill does not count.
+service dies by SIGKILL, at a random instant, at a named point of its code (service.py) or of its talk with the engine
+(containers.py), and is started again. When all launches have ended the judge compares, from outside: what the runners
+themselves wrote into a journal, which processes and run directories there are or what the engine lists, and only then the
+records. A round in which nothing was in flight at the kill does not count.
 """
 
 import argparse
 import asyncio
+import contextlib
 import os
 import random
+import secrets
 import shutil
 import signal
 import socket
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import containers
 import httpx
 
 POINTS = [
     "random",
     "accepted-committed",
     "launch-called",
-    "shim-starting",
-    "shim-started",
     "launch-returned",
     "started-committed",
     "running-committed",
@@ -44,9 +47,14 @@ LAUNCHES = 8
 STOPPED = 2
 """How many of them are stopped by a client while they run."""
 
-SETTLE_SECONDS = 15.0
+OWNER = 1000
+"""Who owns the slots, and so whom a runner in a container is, where this test may say so."""
+
+START_SECONDS = 60.0
 RUNNER = """
-echo "start $TASK $RUNNER_ID" >>"$JOURNAL"
+TASK=${TASK_CONTEXT#*'"task_id":"'}; TASK=${TASK%%'"'*}
+read -r LIFE </proc/sys/kernel/random/uuid
+echo "start $TASK $RUNNER_ID $LIFE" >>"$JOURNAL"
 sleep "$SECONDS_TO_RUN"
 echo "end $TASK $RUNNER_ID $CODE" >>"$JOURNAL"
 exit "$CODE"
@@ -66,10 +74,120 @@ class Launch:
     record: dict[str, Any] = field(default_factory=dict)
 
 
+class World(Protocol):
+    """Where runners run: how the service is set up for it, where else it can die, and what is left there."""
+
+    points: list[str]
+    settings: dict[str, str]
+    settle_seconds: float
+    spread_seconds: float
+
+    async def open(self) -> None: ...
+    async def close(self) -> None: ...
+    def pool(self, environment: dict[str, str]) -> list[str]: ...
+    def arm(self, point: str, count: int, service: "Service") -> None: ...
+    async def calm(self) -> None:
+        """End what trouble there is beside the crash."""
+        ...
+
+    async def leftovers(self) -> dict[str, bool]:
+        """Give the ids of runners that are there still, and whether they live."""
+        ...
+
+
+class LocalProcesses:
+    """Runners are processes of this machine."""
+
+    settle_seconds = 15.0
+    spread_seconds = 0.02
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self.points = ["shim-starting", "shim-started"]
+        self.settings: dict[str, str] = {}
+
+    async def open(self) -> None: ...
+    async def close(self) -> None: ...
+    def arm(self, point: str, count: int, service: "Service") -> None: ...
+    async def calm(self) -> None: ...
+
+    def pool(self, environment: dict[str, str]) -> list[str]:
+        environment |= {"JOURNAL": str(self._home / "witness" / "journal")}
+        return [
+            "    type: local-process",
+            "    config:",
+            f"      command: [sh, {self._home / 'witness' / 'runner.sh'}]",
+            f"      environment: {environment}",
+        ]
+
+    async def leftovers(self) -> dict[str, bool]:
+        """Find processes, run directories and control groups."""
+        found = {path.name: False for path in (self._home / "state" / "runners").glob("runner-*")}
+        mark = f"JOURNAL={self._home / 'witness' / 'journal'}".encode()
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                variables = path.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if mark in variables:
+                found |= {value[10:].decode(): True for value in variables if value.startswith(b"RUNNER_ID=")}
+        return found
+
+
+class Containers:
+    """Runners are containers of a Docker Engine, with a proxy in front of it."""
+
+    settle_seconds = 60.0
+    spread_seconds = 0.1
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._name = f"crash-{secrets.token_hex(6)}"
+        self._proxy = containers.Proxy(home / "engine.sock")
+        self.points = containers.POINTS
+        self.settings = {"INSTALLATION": self._name}
+
+    async def open(self) -> None:
+        await self._proxy.open()
+
+    async def close(self) -> None:
+        await self._proxy.close()
+        await containers.remove_all(self._name)
+
+    def pool(self, environment: dict[str, str]) -> list[str]:
+        environment |= {"JOURNAL": "/witness/journal"}
+        return [
+            "    type: docker",
+            "    config:",
+            "      image: busybox:latest",
+            "      pull_policy: never",
+            f"      docker_host: unix://{self._proxy.path}",
+            f"      volumes: {{{self._home / 'witness'}: /witness}}",
+            "      command: [sh, /witness/runner.sh]",
+            f"      environment: {environment}",
+        ]
+
+    def arm(self, point: str, count: int, service: "Service") -> None:
+        self._proxy.arm(point, count, service.strike)
+
+    async def calm(self) -> None:
+        await self._proxy.come_back()
+
+    async def leftovers(self) -> dict[str, bool]:
+        """List the containers."""
+        found = await containers.listed(self._name)
+        return {entry["Labels"][containers.RUNNER_ID]: entry["State"] == "running" for entry in found}
+
+
+WORLDS: dict[str, Callable[[Path], World]] = {"local-process": LocalProcesses, "docker": Containers}
+
+
 @dataclass
 class Verdict:
     """What the judge has found so far."""
 
+    kind: str
+    points: list[str]
     rounds: int = 0
     uncounted: int = 0
     kills: Counter[str] = field(default_factory=Counter)
@@ -81,12 +199,12 @@ class Verdict:
         print(f"  {kind.upper()}: {text}", flush=True)
 
     def table(self, seed: int) -> str:
-        points = "  ".join(f"{point} {self.kills[point]}" for point in POINTS if self.kills[point])
+        points = "  ".join(f"{point} {self.kills[point]}" for point in dict.fromkeys(self.points) if self.kills[point])
         flight = "  ".join(f"{number}:{times}" for number, times in sorted(self.in_flight.items()))
         kinds = ("lost", "doubled", "false end", "orphan")
         faults = "   ".join(f"{kind} {self.faults[kind]}" for kind in kinds)
         return (
-            f"kind local-process   seed {seed}\nrounds {self.rounds}   (nothing in flight, not counted: {self.uncounted})\n"
+            f"kind {self.kind}   seed {seed}\nrounds {self.rounds}   (nothing in flight, not counted: {self.uncounted})\n"
             f"kills by point: {points}\nrounds by launches in flight at the kill: {flight}\n{faults}"
         )
 
@@ -94,8 +212,9 @@ class Verdict:
 class Service:
     """The service as a process of its own, started again after each death on the same port and state."""
 
-    def __init__(self, home: Path, plant: str | None) -> None:
+    def __init__(self, home: Path, world: World, plant: str | None) -> None:
         self.home = home
+        self.world = world
         self.port = free_port()
         self.plant = plant
         self.process: asyncio.subprocess.Process | None = None
@@ -106,6 +225,7 @@ class Service:
             "STATE_DIR": str(self.home / "state"),
             "POOLS_FILE": str(self.home / "pools.yaml"),
             "SLOT_ROOTS": str(self.home),
+            **self.world.settings,
         }
         env = {**os.environ, **{f"RUNNER_LAUNCHER_{name}": value for name, value in settings.items()}}
         env |= {"CRASH_POINT": point, "CRASH_COUNT": str(count), "PLANT": self.plant or ""}
@@ -114,7 +234,8 @@ class Service:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, script, env=env, stdout=log, stderr=log, stdin=asyncio.subprocess.DEVNULL
             )
-        async with asyncio.timeout(SETTLE_SECONDS):
+        self.world.arm(point, count, self)
+        async with asyncio.timeout(START_SECONDS):
             while not await self._ready():
                 await asyncio.sleep(0.02)
 
@@ -131,10 +252,14 @@ class Service:
     def alive(self) -> bool:
         return self.process is not None and self.process.returncode is None
 
-    async def kill(self) -> None:
-        if self.process:
-            if self.process.returncode is None:
+    def strike(self) -> None:
+        if self.process and self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(signal.SIGKILL)
+
+    async def kill(self) -> None:
+        self.strike()
+        if self.process:
             await self.process.wait()
 
     def client(self) -> httpx.AsyncClient:
@@ -158,8 +283,8 @@ async def dispatch(service: Service, launch: Launch, slot: Path) -> None:
                 launch.asked = True
                 if launch.runner_id is None:
                     answer = await client.post("/runners", json=body, headers={"Idempotency-Key": launch.task_id})
-                    if answer.status_code in (200, 201, 202):
-                        launch.runner_id = answer.json()["runner_id"]
+                    told = answer.json()
+                    launch.runner_id = told.get("runner", told).get("runner_id")  # a launch that failed is a record, too
                     continue
                 if launch.stop and not stopped:
                     await client.delete(f"/runners/{launch.runner_id}", params={"grace": 0.2})
@@ -174,41 +299,42 @@ async def dispatch(service: Service, launch: Launch, slot: Path) -> None:
 
 async def play(service: Service, number: int, point: str, rng: random.Random, verdict: Verdict) -> None:
     """Play one round, and judge it."""
-    home = service.home
+    home, world = service.home, service.world
     launches = [
         Launch(f"task-{number}-{index}", rng.choice([0, 0, 0.05, 0.2]), rng.choice([0, 0, 3]), stop=index < STOPPED)
         for index in range(LAUNCHES)
     ]
-    await service.start(point, rng.randrange(STOPPED if point.startswith("stop") else LAUNCHES - 1))
-    journal = home / "journal"
+    await service.start(point, rng.randrange(STOPPED if point.startswith(("stop", "kill", "running")) else LAUNCHES - 1))
     dispatchers = []
     for index, launch in enumerate(launches):
         if launch.stop:
             launch.seconds = 20
         slot = home / "slots" / f"slot-{index}"
-        slot.mkdir(parents=True, exist_ok=True)
+        if not slot.exists():
+            slot.mkdir(parents=True)
+            os.chown(slot, OWNER, OWNER) if os.geteuid() == 0 else None
         dispatchers.append(asyncio.create_task(dispatch(service, launch, slot)))
-        await asyncio.sleep(rng.uniform(0, 0.02))
+        await asyncio.sleep(rng.uniform(0, world.spread_seconds))
     if point == "random":
-        await asyncio.sleep(rng.uniform(0, 0.35))
+        await asyncio.sleep(rng.uniform(0, 0.35 + 10 * world.spread_seconds))
         await service.kill()
     else:
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(world.settle_seconds / 3):
                 await service.process.wait()  # type: ignore[union-attr] # it was just started
         except TimeoutError:
+            point = "random"  # it never came by
             await service.kill()
     flying = sum(launch.asked and launch.record.get("phase") != "finished" for launch in launches)
     await service.start()
+    await world.calm()
     try:
-        async with asyncio.timeout(SETTLE_SECONDS):
+        async with asyncio.timeout(world.settle_seconds):
             await asyncio.gather(*dispatchers)
     except TimeoutError:
-        waiting = [launch.task_id for launch in launches if launch.record.get("phase") != "finished"]
-        verdict.fault("lost", f"after {point}: no end in {SETTLE_SECONDS:g} s: {waiting}")
-        for runner in (home / "state" / "runners").iterdir():
-            shown = {path.name: path.read_text()[:200] for path in runner.iterdir() if path.is_file()}
-            print(f"    {runner.name}: {shown}")
+        waiting = [launch.record or launch.task_id for launch in launches if launch.record.get("phase") != "finished"]
+        verdict.fault("lost", f"after {point}: no end in {world.settle_seconds:g} s: {waiting}")
+        print(f"    still there: {await world.leftovers()}")
         for task in dispatchers:
             task.cancel()
         await asyncio.gather(*dispatchers, return_exceptions=True)
@@ -218,34 +344,54 @@ async def play(service: Service, number: int, point: str, rng: random.Random, ve
         verdict.in_flight[flying] += 1
     else:
         verdict.uncounted += 1
-    await judge(service, launches, journal, verdict)
+    await judge(service, launches, verdict, point)
     await service.kill()
 
 
-async def judge(service: Service, launches: list[Launch], journal: Path, verdict: Verdict) -> None:
-    """Compare what runners wrote and what the machine shows with what the records say."""
+async def judge(service: Service, launches: list[Launch], verdict: Verdict, point: str) -> None:
+    """Compare what runners wrote and what their world shows with what the records say."""
+    left = await what_is_left(service, late=point.endswith("-late"))
+    journal = service.home / "witness" / "journal"
     lines = [line.split() for line in journal.read_text().splitlines()] if journal.exists() else []
     starts = Counter(line[1] for line in lines if line[0] == "start")
     ends = {line[1]: (line[2], int(line[3])) for line in lines if line[0] == "end"}
     async with service.client() as client:
         for launch in launches:
             items = (await client.get("/runners", params={"task_id": launch.task_id})).json()["items"]
-            judge_one(launch, starts[launch.task_id], ends.get(launch.task_id), items, verdict)
-        live = (await client.get("/runners", params={"state": "running"})).json()["items"]
-    for _ in range(100):  # what was removed a moment ago may still be going
-        left = leftovers(service.home)
+            judge_one(launch, starts[launch.task_id], ends.get(launch.task_id), items, verdict, away=point.endswith("-away"))
+        records = (await client.get("/runners", params={"limit": 500})).json()["items"]
+    live = [record for record in records if record["phase"] != "finished"]
+    for runner_id, lives in left.items():
+        if runner_id not in {item["runner_id"] for item in live}:
+            verdict.fault("orphan", f"{runner_id} {'lives' if lives else 'was left behind'}, and is on record as ended")
+    for item in live:
+        verdict.fault("lost", f"{item['runner_id']} is on record as {item['phase']}, and everybody has ended")
+
+
+async def what_is_left(service: Service, *, late: bool) -> dict[str, bool]:
+    """Look once all is settled: what was removed a moment ago may still be going.
+
+    What the engine has made, not started, of an order that came late is for the sweep of the next start.
+    """
+    left = await settled(service.world)
+    if late and left and not any(left.values()):
+        await service.kill()
+        await service.start()
+        left = await settled(service.world)
+    return left
+
+
+async def settled(world: World) -> dict[str, bool]:
+    for _ in range(100):
+        left = await world.leftovers()
         if not left:
             break
         await asyncio.sleep(0.05)
-    for runner_id in left:
-        if runner_id not in {item["runner_id"] for item in live}:
-            verdict.fault("orphan", f"{runner_id} has processes, a run directory or control groups, and no live record")
-    for item in live:
-        verdict.fault("lost", f"{item['runner_id']} is on record as running, and everybody has ended")
+    return left
 
 
 def judge_one(
-    launch: Launch, starts: int, end: tuple[str, int] | None, items: list[dict[str, Any]], verdict: Verdict
+    launch: Launch, starts: int, end: tuple[str, int] | None, items: list[dict[str, Any]], verdict: Verdict, *, away: bool
 ) -> None:
     name = launch.task_id
     if starts > 1 or len(items) > 1:
@@ -260,6 +406,8 @@ def judge_one(
     told = (record["state"], record["exit_code"], record["reason"])
     if launch.stop and record["reason"] == "cancelled" and (end is None or record["exit_code"] == end[1]):
         return  # it would have slept for long: an end that it wrote came of the stop, which wins
+    if away and starts == 0 and record["reason"] == "engine_unavailable":
+        return
     if starts == 0 and not launch.stop:
         verdict.fault("lost", f"{name}: never started, and on record as {told}")
         return
@@ -268,36 +416,18 @@ def judge_one(
         verdict.fault("false end", f"{name}: wrote {end}, and is on record as {told}: {record['message']}")
 
 
-def leftovers(home: Path) -> set[str]:
-    """Ids of runners that have processes, run directories or control groups on this machine."""
-    found = {path.name for path in (home / "state" / "runners").glob("runner-*")}
-    mark = f"JOURNAL={home / 'journal'}".encode()
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            variables = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if mark in variables:
-            found |= {value[10:].decode() for value in variables if value.startswith(b"RUNNER_ID=")}
-    return found
-
-
-def prepare(home: Path) -> None:
+def prepare(home: Path, world: World) -> None:
     """Write a pool for each way that a runner may go."""
+    witness = home / "witness"
+    witness.mkdir()
+    witness.chmod(0o777)
+    (witness / "runner.sh").write_text(RUNNER)
     lines = ["agent_pools:"]
     for code in (0, 3):
         for seconds in (0, 0.05, 0.2, 20):
-            lines += [
-                f"  crash-{code}-{seconds:g}:",
-                "    type: local-process",
-                "    max_concurrency: 100",
-                "    config:",
-                f"      command: [sh, {home / 'runner.sh'}]",
-                f"      environment: {{JOURNAL: '{home / 'journal'}', CODE: '{code}', SECONDS_TO_RUN: '{seconds:g}'}}",
-            ]
+            lines += [f"  crash-{code}-{seconds:g}:", "    max_concurrency: 100"]
+            lines += world.pool({"CODE": f"{code}", "SECONDS_TO_RUN": f"{seconds:g}"})
     (home / "pools.yaml").write_text("\n".join(lines))
-    task = "TASK=${TASK_CONTEXT#*'\"task_id\":\"'}; TASK=${TASK%%'\"'*}\n"
-    (home / "runner.sh").write_text(task + RUNNER)
 
 
 def free_port() -> int:
@@ -309,19 +439,22 @@ def free_port() -> int:
 async def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--kind", default="local-process", choices=["local-process"])
+    parser.add_argument("--kind", default="local-process", choices=[*WORLDS])
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
-    parser.add_argument("--point", choices=POINTS, help="die at this point alone")
+    parser.add_argument("--point", action="append", help="die at this point alone, or at these in turn")
     parser.add_argument("--plant", choices=["late-intent"])
     options = parser.parse_args()
     rng = random.Random(options.seed)  # noqa: S311 - a schedule, to be repeated by its seed
     home = Path(tempfile.mkdtemp(prefix="crash-"))
-    prepare(home)
-    service, verdict = Service(home, options.plant), Verdict()
+    world = WORLDS[options.kind](home)
+    prepare(home, world)
+    points = options.point or POINTS + world.points
+    service, verdict = Service(home, world, options.plant), Verdict(options.kind, ["random", *points])
+    await world.open()
     number = 0
     try:
         while verdict.rounds < options.rounds and number < 2 * options.rounds + 20:
-            point = "planted" if options.plant else options.point or POINTS[number % len(POINTS)]
+            point = "planted" if options.plant else points[number % len(points)]
             await play(service, number, point, rng, verdict)
             number += 1
             if number % 25 == 0:
@@ -330,6 +463,7 @@ async def main() -> int:
                 break
     finally:
         await service.kill()
+        await world.close()
     print(verdict.table(options.seed))
     if verdict.faults or verdict.rounds < (1 if options.plant else options.rounds):
         print(f"kept for a look: {home}")

@@ -7,11 +7,10 @@ builds in the fault that the crash test must find: the launch comes first, and i
 """
 
 import asyncio
-import functools
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from app.launchers import open_launcher
 from app.main import create_app
 from app.runner import Runner
 from app.server import serve_until_told
-from app.settings import load_settings
+from app.settings import installation, load_settings
 from app.store import Intent, Store
 
 POINT = os.environ.get("CRASH_POINT", "")
@@ -51,9 +50,9 @@ class CrashingLauncher:
         self.ping = launcher.ping
         self.aclose = launcher.aclose
 
-    async def launch(self, runner_id: str, spec: LaunchSpec) -> Handle:
+    async def launch(self, runner_id: str, spec: LaunchSpec, *, progress: Callable[[str], None] | None = None) -> Handle:
         crash_at("launch-called")
-        handle = await self._launcher.launch(runner_id, spec)
+        handle = await self._launcher.launch(runner_id, spec, progress=progress)
         crash_at("launch-returned")
         return handle
 
@@ -85,11 +84,11 @@ def create(settings: Any, **options: Any) -> FastAPI:  # noqa: ANN401 - passed o
     opened: dict[str, Launcher] = {}
 
     def launchers(engine: str) -> Launcher:
-        opened[engine] = CrashingLauncher(open_launcher(engine, settings.state_dir))
+        opened[engine] = CrashingLauncher(open_launcher(engine, settings.state_dir, installation(settings)))
         return opened[engine]
 
     if os.environ.get("PLANT") == "late-intent":
-        plant_late_intent(functools.partial(open_launcher, state_dir=settings.state_dir))
+        plant_late_intent(lambda engine: open_launcher(engine, settings.state_dir, installation(settings)))
     app = create_app(settings, launchers=launchers, **options)
     lifespan = app.router.lifespan_context
 
