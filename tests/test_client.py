@@ -511,19 +511,10 @@ async def collect(events: AsyncIterator[Event], seen: list[Event]) -> None:
         seen += [event]  # at once, for whoever looks meanwhile
 
 
-async def has_events(client: RunnerLauncherClient) -> None:
-    try:
-        async for _ in client.past_events():
-            break
-    except NotFoundError:
-        pytest.skip("this service does not tell of all events yet")
-
-
 async def test_all_events_are_streamed_and_taken_up_again_after_a_kill(serve: Serve, slot: Path) -> None:
     listen = f"127.0.0.1:{free_port()}"
     seen: list[Event] = []
     async with serve(LISTEN=listen) as service, client_of(service, patience=30) as client:
-        await has_events(client)
 
         watching = asyncio.create_task(collect(client.events(after=0), seen))
         first = await launch(client, launch_body(slot))
