@@ -37,13 +37,22 @@ class LauncherUnavailable(LauncherError):
     """The engine cannot be asked now, or did not tell the outcome. Nothing may be concluded from it.
 
     ``acted`` is False only when the engine surely did nothing (a refused connection, a fork that failed).
-    ``retry_after`` is the engine's own wish in seconds, where it gave one.
+    ``retry_after`` is the engine's own wish in seconds, where it gave one. ``reason`` is how a launch ends when its tries
+    run out on this.
     """
 
-    def __init__(self, message: str, *, acted: bool = True, retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        acted: bool = True,
+        retry_after: float | None = None,
+        reason: Reason = Reason.ENGINE_UNAVAILABLE,
+    ) -> None:
         super().__init__(message)
         self.acted = acted
         self.retry_after = retry_after
+        self.reason = reason
 
 
 class LaunchRejected(LauncherError):

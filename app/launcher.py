@@ -12,7 +12,7 @@ Threads    All methods may run at once for different runners; for one runner the
 Errors     ``LauncherUnavailable``, ``LaunchRejected``, ``RunnerGone`` (see errors.py) and nothing else.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -137,11 +137,12 @@ class LogLine:
 class Launcher(Protocol):
     """Starts runners in one environment."""
 
-    async def launch(self, runner_id: str, spec: LaunchSpec) -> Handle:
+    async def launch(self, runner_id: str, spec: LaunchSpec, *, progress: Callable[[str], None] | None = None) -> Handle:
         """Start the runner, or find the one already started under this id; returns when the engine has accepted.
 
         Idempotent on ``runner_id``: called again, also by another process, also after the runner has exited, it returns
-        the handle of what exists. Never a second copy. Raises LaunchRejected or LauncherUnavailable.
+        the handle of what exists. Never a second copy. Raises LaunchRejected or LauncherUnavailable. ``progress`` is told in
+        words what a long launch waits for.
         """
         ...
 

@@ -5,14 +5,16 @@ from pathlib import Path
 
 from app.errors import LaunchRejected
 from app.launcher import Launcher
+from app.pools import KubernetesEngine
 from app.reason import Reason
 
 _NEEDS = {"docker": "aiodocker", "kubernetes": "kubernetes_asyncio"}
 
 
-def open_launcher(engine: str, state_dir: Path) -> Launcher:
+def open_launcher(engine: str, state_dir: Path, installation: str = "default") -> Launcher:
     """Open the launcher of an engine, named as pools name it; its library loads only now.
 
+    ``installation`` tells this service's runners from those of others on an engine that they share.
     Raises LaunchRejected when this installation has none for it.
     """
     kind = engine.partition(":")[0]
@@ -25,4 +27,9 @@ def open_launcher(engine: str, state_dir: Path) -> Launcher:
         raise LaunchRejected(
             f"{kind} pools need the library {library}: pip install 'runner-launcher[{kind}]'", Reason.CONFIG_ERROR
         )
+    if kind == "kubernetes":
+        from app.launchers.kubernetes import KubernetesLauncher  # noqa: PLC0415 - likewise
+
+        cluster = KubernetesEngine.parse(engine)
+        return KubernetesLauncher(cluster.kubeconfig, cluster.context, cluster.namespace, installation)
     raise LaunchRejected(f"this version has no launcher for {kind} pools yet", Reason.CONFIG_ERROR)

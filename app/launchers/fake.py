@@ -235,7 +235,13 @@ class FakeLauncher:
         self._installation = installation
         self._closed = False
 
-    async def launch(self, runner_id: str, spec: LaunchSpec) -> Handle:
+    async def launch(
+        self,
+        runner_id: str,
+        spec: LaunchSpec,
+        *,
+        progress: Callable[[str], None] | None = None,  # noqa: ARG002 - it waits for nothing
+    ) -> Handle:
         world = self._world
         removals = world.removals[runner_id]
         trouble, acts = world.troubles.popleft() if world.troubles else (None, False)

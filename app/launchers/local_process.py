@@ -63,7 +63,13 @@ class LocalProcessLauncher:
         self._trimmer: asyncio.Task[None] | None = None
         self._node = socket.gethostname()
 
-    async def launch(self, runner_id: str, spec: LaunchSpec) -> Handle:
+    async def launch(
+        self,
+        runner_id: str,
+        spec: LaunchSpec,
+        *,
+        progress: Callable[[str], None] | None = None,  # noqa: ARG002 - it waits for nothing
+    ) -> Handle:
         place = self._place(runner_id)
         if prepared := await _in_thread(self._prepare, place, spec, undo=_close_log):
             log, command, environment = prepared
