@@ -362,7 +362,8 @@ def _over(base: Any, top: Any, key: str = "") -> Any:  # noqa: ANN401 - any JSON
     if isinstance(base, list) and isinstance(top, list) and key in _KEYS:
         by = _KEYS[key]
         tops = {item[by]: item for item in top}
-        merged = [_over(item, tops.pop(item[by])) if item.get(by) in tops else item for item in base]
+        deep = key in {"containers", "initContainers"}  # two sources of one variable, or of one volume, are none
+        merged = [_over(item if deep else {}, tops.pop(item[by])) if item.get(by) in tops else item for item in base]
         return [*merged, *tops.values()]
     if isinstance(base, list) and isinstance(top, list) and key in {"tolerations", "envFrom"}:
         return [*base, *top]

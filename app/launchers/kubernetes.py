@@ -5,8 +5,8 @@ copies of the Jobs, pods and warnings of this installation (reflector.py), by ru
 fresh launcher could not find: what no object would tell is written on the Job.
 
 A stop is a signal to every process of the pod, sent by a shell inside it: so any grace can be asked for, exit code and log
-stay, and no second pod is made. Where that cannot be (no shell in the image, no permission) the pod is deleted: then its log is
-lost, and its exit code may be.
+stay, and no second pod is made. Where that cannot be (no shell in the image, no permission) the pod is deleted: then its log
+is lost, and its exit code may be.
 """
 
 import asyncio
@@ -50,6 +50,7 @@ T = TypeVar("T")
 LOG_SECONDS = 0.3
 """How often a follower looks for a log that is not there yet, or was cut off."""
 
+KILL_SECONDS = 5.0
 GONE_SECONDS = 60.0
 NEEDED = (
     ("create", "jobs"), ("get", "jobs"), ("list", "jobs"), ("watch", "jobs"), ("patch", "jobs"), ("delete", "jobs"),
@@ -123,7 +124,7 @@ class KubernetesLauncher:
         await self._in_touch()
         runner_id = handle.runner_id
         job = await self._job(runner_id)
-        known = list(self._pods_of.get(runner_id, {}).values())
+        known = self._known(runner_id)
         if job is None and not known:
             return
         alive = [pod for pod in known if pod.started]
@@ -175,17 +176,17 @@ class KubernetesLauncher:
         await self._in_touch()
         runner_id = handle.runner_id
         job = await self._job(runner_id)
+        for pod in self._known(runner_id):
+            if pod.started and await self._signal(pod, "KILL"):  # a pod that has ended goes at once, others take their time
+                with contextlib.suppress(LauncherUnavailable):
+                    await self._until_nothing_lives(runner_id, KILL_SECONDS)
         if job:
             await self._delete("jobs", job.name, {"propagationPolicy": "Background", "preconditions": {"uid": job.uid}})
             self._jobs.drop(job.name)
-        now = time.time()
-        for pod in list(self._pods_of.get(runner_id, {}).values()):
-            if pods.is_over(pod, now) and job:
-                continue  # it goes with its Job
-            if pod.started:
-                await self._signal(pod, "KILL")
-            await self._delete("pods", pod.name, {"gracePeriodSeconds": 1, "preconditions": {"uid": pod.uid}})
-        await self._until_nothing_lives(runner_id)
+        for pod in self._known(runner_id):
+            if not (job and pods.is_over(pod, time.time())):  # else it goes with its Job
+                await self._delete("pods", pod.name, {"gracePeriodSeconds": 1, "preconditions": {"uid": pod.uid}})
+        await self._until_nothing_lives(runner_id, GONE_SECONDS)
         for known in (self._last, self._held):
             known.pop(runner_id, None)
         self._told.discard(runner_id)
@@ -229,6 +230,7 @@ class KubernetesLauncher:
             if (refused.status, refused.reason) != (_CONFLICT, "AlreadyExists"):
                 if fresh:  # without its Secret it cannot have started
                     await self._delete("jobs", job["metadata"]["name"], {"propagationPolicy": "Background"})
+                    self._jobs.drop(job["metadata"]["name"])
                 raise self._no(refused) from refused
             await self._check_secret(job)
         return self._handle(job)
@@ -304,7 +306,7 @@ class KubernetesLauncher:
         """Look at a runner; if its end is ours to decide, decide it and look again."""
         for _ in range(2):
             job = await self._job(runner_id)
-            known = list(self._pods_of.get(runner_id, {}).values())
+            known = self._known(runner_id)
             if job is None and not known:
                 return {runner_id: Gone()}
             if job and runner_id in self._told:
@@ -411,11 +413,11 @@ class KubernetesLauncher:
             if refused.status not in {_NOT_FOUND, _CONFLICT}:  # gone, or another one of that name
                 raise LauncherUnavailable(f"{kind} {name} cannot be deleted: {refused}") from refused
 
-    async def _until_nothing_lives(self, runner_id: str) -> None:
-        deadline = time.monotonic() + GONE_SECONDS
-        while any(not pods.is_over(pod, time.time()) for pod in self._pods_of.get(runner_id, {}).values()):
+    async def _until_nothing_lives(self, runner_id: str, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while any(not pods.is_over(pod, time.time()) for pod in self._known(runner_id)):
             if time.monotonic() > deadline:
-                raise LauncherUnavailable(f"{runner_id} still lives {GONE_SECONDS:g} s after its pod was deleted")
+                raise LauncherUnavailable(f"{runner_id} still lives {seconds:g} s after its end was ordered")
             await asyncio.sleep(0.05)
 
     # Logs.
@@ -425,7 +427,7 @@ class KubernetesLauncher:
         seen = (await self.observe([Handle(runner_id=runner_id)])).get(runner_id)
         if isinstance(seen, Gone):
             raise RunnerGone(f"namespace {self._cluster.namespace} has no runner {runner_id}")
-        known = sorted(self._pods_of.get(runner_id, {}).values(), key=lambda pod: pod.created_at)
+        known = sorted(self._known(runner_id), key=lambda pod: pod.created_at)
         return known[0] if known else None, isinstance(seen, Exited)
 
     async def _read_log(self, pod: Pod, reader: LogReader, *, follow: bool) -> AsyncIterator[LogLine]:
@@ -490,6 +492,9 @@ class KubernetesLauncher:
                 self._about.pop(before.about, None)
         elif now:
             self._about.setdefault(now.about, {})[now.reason] = now
+
+    def _known(self, runner_id: str) -> Sequence[Pod]:
+        return list(self._pods_of.get(runner_id, {}).values())
 
     def _told_of(self, job: Job | None, known: Sequence[Pod]) -> Mapping[str, Sequence[Warned]]:
         about = [*(pod.uid for pod in known), *([job.uid] if job else [])]

@@ -220,7 +220,7 @@ def seconds(timestamp: str) -> float:
 
 def written(end: Exit) -> str:
     """Write an end as it stands on the Job."""
-    return json.dumps({key: value for key, value in asdict(end).items() if value not in (None, False)}, ensure_ascii=False)
+    return json.dumps({key: value for key, value in asdict(end).items() if value is not None}, ensure_ascii=False)
 
 
 def look(

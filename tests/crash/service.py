@@ -11,7 +11,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,9 @@ class CrashingLauncher:
         self.ping = launcher.ping
         self.aclose = launcher.aclose
 
-    async def launch(self, runner_id: str, spec: LaunchSpec) -> Handle:
+    async def launch(self, runner_id: str, spec: LaunchSpec, *, progress: Callable[[str], None] | None = None) -> Handle:
         crash_at("launch-called")
-        handle = await self._launcher.launch(runner_id, spec)
+        handle = await self._launcher.launch(runner_id, spec, progress=progress)
         crash_at("launch-returned")
         return handle
 
