@@ -245,11 +245,29 @@ class GitWorkspace(BaseModel):
     depth: Count | None = None
 
 
-Workspace = Annotated[
-    NoWorkspace | ClaimWorkspace | HostWorkspace | GitWorkspace,
-    Field(discriminator="kind"),
-    BeforeValidator(lambda value: {"kind": "none"} | value if isinstance(value, dict) else value),
-]
+class _AnyWorkspace(BaseModel):
+    """What says by which keys the others are judged."""
+
+    model_config = ConfigDict(strict=True, hide_input_in_errors=True)
+
+    kind: Literal["none", "pvc", "host_path", "git"] = "none"
+
+
+_WORKSPACES: dict[str, type[BaseModel]] = {
+    "none": NoWorkspace,
+    "pvc": ClaimWorkspace,
+    "host_path": HostWorkspace,
+    "git": GitWorkspace,
+}
+
+
+def _of_its_kind(workspace: object) -> object:
+    if not isinstance(workspace, dict):
+        return workspace
+    return _WORKSPACES[_AnyWorkspace.model_validate(workspace).kind].model_validate(workspace)
+
+
+Workspace = Annotated[NoWorkspace | ClaimWorkspace | HostWorkspace | GitWorkspace, BeforeValidator(_of_its_kind)]
 """How a pod comes by the slot."""
 
 

@@ -260,8 +260,8 @@ def test_what_a_template_may_not_say_is_refused_with_its_path(tmp_path: Path, te
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"workspace": {"kind": "pvc"}}, "workspace.pvc.claim"),
-        ({"workspace": {"kind": "git", "clam": "x"}}, "workspace.git.clam"),
+        ({"workspace": {"kind": "pvc"}}, "config.workspace.claim"),
+        ({"workspace": {"kind": "git", "clam": "x"}}, "config.workspace.clam"),
         ({"workspace": {"kind": "pvc", "claim": "c", "root": "slots"}}, "must be an absolute path"),
         ({"labels": {"runner-id": "x"}}, "runner-id is the launcher's"),
         ({"annotations": {"a b": "x"}}, "is not a key that Kubernetes takes"),

@@ -320,11 +320,17 @@ def test_a_job_template_may_stand_beside_the_file_or_where_the_service_was_start
     load_one: LoadOne, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cwd").mkdir()
-    (tmp_path / "cwd/job.yaml").write_text("from: cwd")
+    (tmp_path / "cwd/job.yaml").write_text("{kind: Job, from: cwd}")
     monkeypatch.chdir(tmp_path / "cwd")
-    assert key_of(load_one("kubernetes", config={"job_template": "job.yaml"}), "job_template") == {"from": "cwd"}
-    (tmp_path / "job.yaml").write_text("from: beside")
-    assert key_of(load_one("kubernetes", config={"job_template": "job.yaml"}), "job_template") == {"from": "beside"}
+    assert key_of(load_one("kubernetes", config={"job_template": "job.yaml"}), "job_template") == {
+        "kind": "Job",
+        "from": "cwd",
+    }
+    (tmp_path / "job.yaml").write_text("{kind: Job, from: beside}")
+    assert key_of(load_one("kubernetes", config={"job_template": "job.yaml"}), "job_template") == {
+        "kind": "Job",
+        "from": "beside",
+    }
 
 
 @pytest.mark.parametrize("text", ["a: [", "[a]", "a: 1\na: 2", "a: !!set {b}"])
@@ -524,8 +530,12 @@ def test_the_policy_is_the_pools_and_else_the_default(load_one: LoadOne) -> None
         ("local-process", {}, "local-process"),
         ("docker", {}, "docker:unix:///var/run/docker.sock"),
         ("docker", {"docker_host": "tcp://10.0.0.1:2376"}, "docker:tcp://10.0.0.1:2376"),
-        ("kubernetes", {}, "kubernetes:in-cluster"),
-        ("kubernetes", {"kubeconfig": "/etc/kube", "context": "blue"}, "kubernetes:/etc/kube:blue"),
+        ("kubernetes", {}, "kubernetes:necrocode-agents"),
+        (
+            "kubernetes",
+            {"kubeconfig": "/etc/kube", "context": "blue"},
+            "kubernetes:necrocode-agents?kubeconfig=/etc/kube&context=blue",
+        ),
     ],
 )
 def test_the_engine_of_a_pool(load_one: LoadOne, kind: str, config: dict[str, Any], engine: str) -> None:

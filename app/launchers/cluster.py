@@ -60,6 +60,7 @@ class Cluster:
         self._context = context
         self._api: ApiClient | None = None
         self._retired: list[ApiClient] = []
+        self._streams: set[aiohttp.ClientResponse] = set()
         self._opening = asyncio.Lock()
         self._calls = asyncio.Semaphore(CALLS)
         self._loaded_at = 0.0
@@ -88,7 +89,11 @@ class Cluster:
         """Read an answer that goes on; more than so many seconds of silence end it with LauncherUnavailable."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=silence)
         async with self._response("GET", path, query, timeout) as response:
-            yield _chunks(response)
+            self._streams.add(response)
+            try:
+                yield _chunks(response)
+            finally:
+                self._streams.discard(response)
 
     async def tell(self, pod: str, container: str, script: str) -> None:
         """Run a shell script in a container; returns once it is sure to run there, without waiting for its end.
@@ -112,6 +117,9 @@ class Cluster:
                         with contextlib.suppress(TimeoutError, aiohttp.ClientError):
                             await asyncio.wait_for(socket.close(), 1)
         except aiohttp.WSServerHandshakeError as error:
+            if error.status == _UNAUTHORIZED:
+                await self._client(renew=True)
+                raise LauncherUnavailable("the API does not accept our credentials", acted=False) from error
             raise Refused(error.status, "", f"no way into the container: {error.message}") from error
 
     async def permitted(self, verb: str, kind: str) -> bool:
@@ -129,6 +137,8 @@ class Cluster:
 
     async def aclose(self) -> None:
         """Close all connections; what still reads from them is told so."""
+        for response in self._streams:
+            response.close()  # closing the session alone leaves its readers waiting
         async with self._opening:
             for api in [*self._retired, *([self._api] if self._api else [])]:
                 await api.close()

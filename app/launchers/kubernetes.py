@@ -18,7 +18,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from app.errors import LauncherUnavailable, LaunchRejected, RunnerGone
 from app.job_template import CONTAINER
@@ -61,7 +61,6 @@ NEEDED = (
 """What we must be permitted, as deploy/kubernetes/rbac.yaml grants it; ways into a container are beyond that."""
 
 _NOT_FOUND, _CONFLICT, _FORBIDDEN = 404, 409, 403
-_ENDED = re.compile(r"not running|not found|exited|completed pod|terminated|cannot exec in a stopped", re.IGNORECASE)
 _NO_SHELL = re.compile(r"executable file not found|no such file or directory", re.IGNORECASE)
 
 
@@ -177,7 +176,7 @@ class KubernetesLauncher:
         runner_id = handle.runner_id
         job = await self._job(runner_id)
         for pod in self._known(runner_id):
-            if pod.started and await self._signal(pod, "KILL"):  # a pod that has ended goes at once, others take their time
+            if pod.started and await self._signal(pod, "KILL") == "told":  # what has ended goes at once, the rest takes time
                 with contextlib.suppress(LauncherUnavailable):
                     await self._until_nothing_lives(runner_id, KILL_SECONDS)
         if job:
@@ -373,25 +372,27 @@ class KubernetesLauncher:
     # Ending.
 
     async def _end_pod(self, job: Job | None, pod: Pod, grace: float) -> None:
-        if await self._signal(pod, "TERM" if grace > 0 else "KILL"):
-            self._told.add(pod.runner_id)
-            if job and not job.stopped:
-                await self._mark_stopped(job)
-            return
-        if not pod.deleted or grace <= 0:
-            await self._end_by_deletion(job, pod, grace)
+        match await self._signal(pod, "TERM" if grace > 0 else "KILL"):
+            case "told":
+                self._told.add(pod.runner_id)
+                if job and not job.stopped:
+                    await self._mark_stopped(job)
+            case "no way" if not pod.deleted or grace <= 0:
+                await self._end_by_deletion(job, pod, grace)
 
-    async def _signal(self, pod: Pod, name: str) -> bool:
-        """Send a signal to every process of a pod; False if there is no way in. One that has ended gets none."""
+    async def _signal(self, pod: Pod, name: str) -> Literal["told", "ended", "no way"]:
+        """Send a signal to every process of a pod."""
         try:
             await self._cluster.tell(pod.name, CONTAINER, f"kill -{name} -1")
         except Refused as refused:
-            if _ENDED.search(str(refused)) and not _NO_SHELL.search(str(refused)):
-                log.info("%s: not told to end, for it has ended: %s", pod.runner_id, refused)
-                return True
+            if refused.status != _FORBIDDEN and not _NO_SHELL.search(str(refused)):
+                # Engines say in many ways that a container has just ended; then its pod soon says so too.
+                with contextlib.suppress(LauncherUnavailable):
+                    await self._until_nothing_lives(pod.runner_id, KILL_SECONDS)
+                    return "ended"
             log.warning("%s: no way into its container: %s", pod.runner_id, refused)
-            return False
-        return True
+            return "no way"
+        return "told"
 
     async def _mark_stopped(self, job: Job) -> None:
         await self._patch(job, {"metadata": {"annotations": {pods.STOPPED: f"{time.time():.3f}"}}})
