@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from kubernetes_world import IMAGE, Door, Json, World, cluster_session, write_kubeconfig
+from kubernetes_world import IMAGE, Door, Gate, Json, World, cluster_session, write_kubeconfig
 from launcher_contract import COUNTS_SLOWLY, HANDLES_TERM, LINES, LOOP, RUNS_ON, Script, exits, new_id
 
 from app.errors import LauncherUnavailable, LaunchRejected
@@ -19,7 +19,10 @@ from app.launcher import Exit, Exited, Gone, Handle, LaunchSpec, Observation, Ru
 from app.launchers.kubernetes import KubernetesLauncher
 from app.reason import Reason
 
-SECONDS = 60.0
+SECONDS = 120.0
+"""Kubelets before 1.22 take up to a minute to let go of a pod that never started."""
+
+pytestmark = pytest.mark.timeout(300)
 NOWHERE = {"node_selector": {"runner-launcher-test/nowhere": "yes"}}
 
 
@@ -435,6 +438,62 @@ async def test_what_is_not_permitted_is_named(house: House) -> None:
     finally:
         await house.world.call("PATCH", "roles/runner-launcher", {"rules": role["rules"]})
     await house.launcher.ping()
+
+
+async def test_an_api_that_is_busy_is_left_alone_for_as_long_as_it_wants(house: House) -> None:
+    async with Gate(house.world) as gate, aclosing(_through(gate, house)) as launcher:
+        runner_id = new_id()
+        for status, acted in ((429, False), (500, True), (503, True)):
+            gate.answer("POST /apis/batch", status, Retry_After="1")
+            with pytest.raises(LauncherUnavailable, match=f"injected {status}") as busy:
+                await launcher.launch(runner_id, house.spec("exit 0"))
+            assert (busy.value.acted, busy.value.retry_after) == (acted, 1)
+            asked = len(gate.asked)
+            if status == 429:
+                with pytest.raises(LauncherUnavailable, match="pause"):
+                    await launcher.launch(runner_id, house.spec("exit 0"))
+                assert len(gate.asked) == asked
+                await asyncio.sleep(1.1)
+        handle = await launcher.launch(runner_id, house.spec("exit 0"))
+        assert (await house.end(handle)).code == 0
+
+
+async def test_looking_at_runners_asks_the_api_nothing(house: House) -> None:
+    async with Gate(house.world) as gate, aclosing(_through(gate, house)) as launcher:
+        handles = [await launcher.launch(new_id(), house.spec(f"exit {number}")) for number in range(4)]
+        assert len([ask for ask in gate.asked if ask.startswith("POST")]) == 8
+        for handle in handles:
+            await house.end(handle)
+        while len([ask for ask in gate.asked if "watch=true" in ask]) < 3:  # noqa: ASYNC110 - as long as it takes
+            await launcher.observe([])
+            await asyncio.sleep(0.05)
+        asked = len(gate.asked)
+        for _ in range(200):
+            seen = await launcher.observe(handles)
+        assert [seen[handle.runner_id].exit.code for handle in handles] == [0, 1, 2, 3]  # type: ignore[union-attr]
+        assert [ask for ask in gate.asked[asked:] if "limit=1" not in ask] == []
+
+
+async def test_a_copy_that_is_refused_or_cut_is_made_again(house: House) -> None:
+    async with Gate(house.world) as gate, aclosing(_through(gate, house)) as launcher:
+        where = f"GET /apis/batch/v1/namespaces/{house.world.namespace}/jobs"
+        gate.answer(where, 500)
+        with pytest.raises(LauncherUnavailable, match="injected 500"):
+            await launcher.list()
+        gate.answer(f"{where}?", 410)
+        handle = await launcher.launch(new_id(), house.spec("exit 3"))
+        assert (await house.end(handle)).code == 3
+        assert [found.handle.runner_id for found in await launcher.list()] == [handle.runner_id]
+
+
+def _through(gate: Gate, house: House) -> KubernetesLauncher:
+    """A launcher that reaches the API through a gate."""
+    path = house.kubeconfig.with_name(f"gate-{gate.port}")
+    path.write_text(
+        f"""{{apiVersion: v1, kind: Config, current-context: c, contexts: [{{name: c, context: {{cluster: c, user: u}}}}],
+        clusters: [{{name: c, cluster: {{server: "http://127.0.0.1:{gate.port}"}}}}], users: [{{name: u, user: {{}}}}]}}"""
+    )
+    return house.reopen(path)
 
 
 @pytest.mark.slow

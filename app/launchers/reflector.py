@@ -6,6 +6,7 @@ a list when the API has forgotten that place. While there is trouble the copy is
 
 import asyncio
 import json
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from typing import Any, Generic, TypeVar
 
 from app.errors import LauncherUnavailable
 from app.launchers.cluster import Cluster, Json, Refused
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -116,6 +119,7 @@ class Reflector(Generic[T]):
                 self._version = None
             except (LauncherUnavailable, Refused) as error:
                 failures += 1
+                log.log(logging.WARNING if failures == 1 else logging.DEBUG, "%s: %s", self._path, error)
                 refused = LauncherUnavailable(f"{self._path}: {error}")
                 self._trouble = error if isinstance(error, LauncherUnavailable) else refused
                 self._outcome.set()

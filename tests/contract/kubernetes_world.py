@@ -7,16 +7,18 @@ for the session, through a TCP proxy that a test can cut.
 import asyncio
 import base64
 import contextlib
+import io
 import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import pytest
 import yaml
+from aiohttp import web
 from kubernetes_asyncio import config
 from kubernetes_asyncio.client import ApiClient, ApiException, Configuration, CoreV1Api
 from kubernetes_asyncio.stream import WsApiClient
@@ -133,6 +135,55 @@ class Door:
         self._open |= {writer, back}
         await asyncio.gather(_carry(reader, back), _carry(there, writer))
         self._open -= {writer, back}
+
+
+class Gate:
+    """A plain HTTP proxy before the API, with its owner's rights: counts what is asked, and may answer in its place."""
+
+    def __init__(self, world: World) -> None:
+        self._api = ApiClient(world.configuration)
+        self.asked: list[str] = []
+        self.answers: list[tuple[str, web.Response]] = []
+        self.port = 0
+
+    async def __aenter__(self) -> Self:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._forward)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+        await self._api.close()
+
+    def answer(self, ask: str, status: int, **headers: str) -> None:
+        """Answer the next request that begins so (``POST /apis/batch``) with this status."""
+        named = {key.replace("_", "-"): value for key, value in headers.items()}
+        self.answers.append((ask, web.json_response({"message": f"injected {status}"}, status=status, headers=named)))
+
+    async def _forward(self, request: web.Request) -> web.StreamResponse:
+        ask = f"{request.method} {request.path_qs}"
+        self.asked.append(ask)
+        for prepared in self.answers:
+            if ask.startswith(prepared[0]):
+                self.answers.remove(prepared)
+                return prepared[1]
+        headers = {key: value for key, value in request.headers.items() if key in {"Content-Type", "Accept"}}
+        await self._api.update_params_for_auth(headers, [], ["BearerToken"])
+        place = f"{self._api.configuration.host}{request.path_qs}"
+        session = self._api.rest_client.pool_manager
+        data = io.BytesIO(await request.read())
+        async with session.request(request.method, place, data=data, headers=headers) as answer:
+            response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
+            await response.prepare(request)
+            with contextlib.suppress(OSError):
+                async for chunk in answer.content.iter_any():
+                    await response.write(chunk)
+            return response
 
 
 async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
