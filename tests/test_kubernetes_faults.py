@@ -16,6 +16,7 @@ from launcher_contract import COUNTS_SLOWLY, HANDLES_TERM, LINES, LOOP, RUNS_ON,
 
 from app.errors import LauncherUnavailable, LaunchRejected
 from app.launcher import Exit, Exited, Gone, Handle, LaunchSpec, Observation, Running, Starting
+from app.launchers import open_launcher
 from app.launchers.kubernetes import KubernetesLauncher
 from app.reason import Reason
 
@@ -425,6 +426,13 @@ async def test_a_token_that_ran_out_is_read_again(house: House, cluster: tuple[W
         assert await launcher.list() == []
 
 
+async def test_outside_a_cluster_there_is_none_to_run_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    async with aclosing(open_launcher("kubernetes:agents", Path("/nowhere"), "here")) as launcher:
+        with pytest.raises(LauncherUnavailable, match="Service host/port is not set"):
+            await launcher.ping()
+
+
 async def test_what_is_not_permitted_is_named(house: House) -> None:
     role = await house.world.call("GET", "roles/runner-launcher")
     rules = [rule for rule in role["rules"] if rule["resources"] != ["secrets"]]
@@ -464,7 +472,7 @@ async def test_looking_at_runners_asks_the_api_nothing(house: House) -> None:
         assert len([ask for ask in gate.asked if ask.startswith("POST")]) == 8
         for handle in handles:
             await house.end(handle)
-        while len([ask for ask in gate.asked if "watch=true" in ask]) < 3:  # noqa: ASYNC110 - as long as it takes
+        while len([ask for ask in gate.asked if "watch=true" in ask]) < 3:
             await launcher.observe([])
             await asyncio.sleep(0.05)
         asked = len(gate.asked)

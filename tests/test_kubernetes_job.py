@@ -284,8 +284,8 @@ def test_the_example_loads() -> None:
 @pytest.mark.skipif(not shutil.which("git"), reason="git is not installed here")
 @pytest.mark.parametrize(("branch", "content", "on"), [("there", "b", "there"), ("new", "a", "new"), ("", "a", "main")])
 def test_a_workspace_is_cloned_at_its_branch(tmp_path: Path, branch: str, content: str, on: str) -> None:
-    remote, workspace = tmp_path / "remote", tmp_path / "workspace"
-    workspace.mkdir()
+    remote, workspace = tmp_path / "remote", tmp_path / "volume/slot"
+    workspace.parent.mkdir()
     environment = {
         "PATH": os.environ["PATH"],
         "GIT_CONFIG_GLOBAL": "/dev/null",

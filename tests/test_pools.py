@@ -9,7 +9,18 @@ import pytest
 import yaml
 
 from app.errors import ConfigurationError, InvalidRequest
-from app.pools import MAX_VARIABLE_BYTES, RESERVED, Pool, Pools, PoolType, Usage, inline_pool, load_pools, resolve
+from app.pools import (
+    MAX_VARIABLE_BYTES,
+    RESERVED,
+    KubernetesEngine,
+    Pool,
+    Pools,
+    PoolType,
+    Usage,
+    inline_pool,
+    load_pools,
+    resolve,
+)
 from app.runner import Policy
 
 Load = Callable[[str], Pools]
@@ -540,6 +551,13 @@ def test_the_policy_is_the_pools_and_else_the_default(load_one: LoadOne) -> None
 )
 def test_the_engine_of_a_pool(load_one: LoadOne, kind: str, config: dict[str, Any], engine: str) -> None:
     assert load_one(kind, config=config).engine == engine
+
+
+@pytest.mark.parametrize("context", [None, "blue", "arn:aws:eks:eu:1:cluster/a b&c=d?%"])
+@pytest.mark.parametrize("kubeconfig", [None, Path("/etc/kube"), Path("/a b/ü&context=x?#%.yaml")])
+def test_a_kubernetes_engine_is_read_as_it_was_written(kubeconfig: Path | None, context: str | None) -> None:
+    engine = KubernetesEngine("agents", kubeconfig, context)
+    assert KubernetesEngine.parse(str(engine)) == engine
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ class Cluster:
         self._calls = asyncio.Semaphore(CALLS)
         self._loaded_at = 0.0
         self._paused_until = 0.0
+        self._closed = False
 
     def path(self, kind: str, name: str = "", part: str = "") -> str:
         """Where the objects of a kind are, or one of them, or a part of that one."""
@@ -137,6 +138,7 @@ class Cluster:
 
     async def aclose(self) -> None:
         """Close all connections; what still reads from them is told so."""
+        self._closed = True
         for response in self._streams:
             response.close()  # closing the session alone leaves its readers waiting
         async with self._opening:
@@ -200,6 +202,8 @@ class Cluster:
     async def _client(self, *, renew: bool = False) -> "ApiClient":
         """Give the client, made at first use; with ``renew`` its credentials are read again, though not all the time."""
         async with self._opening:
+            if self._closed:
+                raise LauncherUnavailable("this launcher is closed", acted=False)
             age = time.monotonic() - self._loaded_at
             in_cluster = self._kubeconfig is None
             if self._api and age < (1 if renew else RENEW_SECONDS if in_cluster else float("inf")):

@@ -35,6 +35,8 @@ WORKSPACE_PATH = "/workspace"
 TOLD_PATH = "/run/runner-launcher"
 CONTEXT_KEY = "task-context.json"
 CONTEXT_FILE = f"{TOLD_PATH}/{CONTEXT_KEY}"
+VOLUME_PATH = "/volume"
+CLONED = "slot"
 CREDENTIALS_PATH = "/run/git-credentials"
 URL_KEY = "git.repo-url"
 BRANCH_KEY = "git.branch"
@@ -47,9 +49,8 @@ DEADLINE_SLACK = 15
 
 CLONE = """\
 set -eu
-export GIT_TERMINAL_PROMPT=0 GIT_CONFIG_GLOBAL="$WORKSPACE/.git-config-of-clone" HOME="$WORKSPACE"
-trap 'rm -f "$GIT_CONFIG_GLOBAL"' EXIT
-git config --global --add safe.directory "$WORKSPACE"
+export GIT_TERMINAL_PROMPT=0 HOME="${WORKSPACE%/*}"
+mkdir "$WORKSPACE"
 if [ -f "$CREDENTIALS/ssh-privatekey" ]; then
   known="-o StrictHostKeyChecking=accept-new -o UserKnownHostsFile=/dev/null"
   [ -f "$CREDENTIALS/known_hosts" ] && known="-o UserKnownHostsFile=$CREDENTIALS/known_hosts"
@@ -75,7 +76,10 @@ else
   exit "$there"
 fi
 """
-"""Puts the repository into the workspace. A branch that the remote has not is begun where its default one stands."""
+"""Makes the workspace, owned by the runner's user as git wants it, and puts the repository there.
+
+A branch that the remote does not have is begun where its default branch stands.
+"""
 
 _LABEL = re.compile(r"([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?")
 _Named = Sequence[Mapping[str, Any]]
@@ -274,7 +278,7 @@ def _workspace(secret: str, spec: LaunchSpec) -> tuple[Json, Json, list[Json]]:
                 raise LaunchRejected("a host_path workspace needs the slot's path", Reason.CONFIG_ERROR)
             return volume | {"hostPath": {"path": spec.working_dir, "type": "Directory"}}, mount, []
         case "git":
-            return volume | {"emptyDir": {}}, mount, [_clone(secret, wanted, spec)]
+            return volume | {"emptyDir": {}}, mount | {"subPath": CLONED}, [_clone(secret, wanted, spec)]
         case _:
             return volume | {"emptyDir": {}}, mount, []
 
@@ -293,11 +297,11 @@ def _below(root: str, slot: str | None) -> str:
 def _clone(secret: str, wanted: Mapping[str, Any], spec: LaunchSpec) -> Json:
     from_secret = {"REPO_URL": URL_KEY, "BRANCH": BRANCH_KEY}
     plain = {
-        "WORKSPACE": WORKSPACE_PATH,
+        "WORKSPACE": f"{VOLUME_PATH}/{CLONED}",
         "CREDENTIALS": CREDENTIALS_PATH,
         "DEPTH": f"--depth={wanted['depth']}" if wanted.get("depth") else "",
     }
-    mounts = [{"name": WORKSPACE, "mountPath": WORKSPACE_PATH}]
+    mounts = [{"name": WORKSPACE, "mountPath": VOLUME_PATH}]
     if wanted.get("credentials"):
         mounts.append({"name": "git-credentials", "mountPath": CREDENTIALS_PATH, "readOnly": True})  # type: ignore[dict-item]
     return {
@@ -305,6 +309,7 @@ def _clone(secret: str, wanted: Mapping[str, Any], spec: LaunchSpec) -> Json:
         "image": wanted["image"],
         **_given(imagePullPolicy=spec.options.get("image_pull_policy")),
         "command": ["sh", "-c", CLONE.replace("$", "$$")],
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # what git complains of, which names no credentials
         "env": [
             *(
                 {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}

@@ -288,8 +288,6 @@ class KubernetesLauncher:
 
     async def _in_touch(self) -> None:
         """Return when the copies can be believed; raises LauncherUnavailable if they cannot now."""
-        if self._closed:
-            raise LauncherUnavailable("this launcher is closed", acted=False)
         reflectors = (self._jobs, self._pods, self._warnings)
         await asyncio.gather(*[reflector.sync() for reflector in reflectors])
         if all(reflector.quiet for reflector in reflectors):
