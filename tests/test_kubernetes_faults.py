@@ -240,7 +240,7 @@ async def test_a_pod_beyond_the_quota_is_told_and_ends(house: House) -> None:
 async def test_what_stays_missing_ends_after_a_grace(house: House, options: Json, reason: Reason, words: str) -> None:
     handle = await house.launch(exits(0), **options)
     assert await house.problem(handle)
-    end = await house.end(handle, seconds=90)
+    end = await house.end(handle, seconds=180)
     assert end.reason is reason
     assert words in (end.message or "")
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from app.launcher import Exit, Exited, Observation, Running
+from app.launcher import Exit, Exited, Observation, Running, Starting
 from app.launchers.pod import (
     Conclude,
     Held,
@@ -224,6 +224,7 @@ def test_an_end_that_was_written_down_is_the_end_once_nothing_lives() -> None:
     noted = job(end=written(end))
     assert seen(noted) == Exited(end)
     assert seen(noted, pod(state=RUNNING, phase="Running")) == Running()
+    assert seen(noted, pod(state=waiting("ErrImagePull"), phase="Pending")) == Starting("0/1 nodes ü")
     assert isinstance(end_of(seen(job(end="{nonsense"))).message, str)
 
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from app.job_template import CONTAINER
-from app.launcher import Exit, Exited, Observation, Running
+from app.launcher import Exit, Exited, Observation, Running, Starting
 from app.launchers.job import IDENTITY, LAUNCH_TIMEOUT, RUNNER, limits
 from app.reason import Reason
 
@@ -28,7 +28,7 @@ PULL_SECONDS = 30.0
 SETTLE_SECONDS = 30.0
 """How long something that is missing may stay missing: our own Secret comes after the Job."""
 
-NO_POD_SECONDS = 60.0
+NO_POD_SECONDS = 6.0
 DYING_SECONDS = 10.0
 _PASSING = 0.9
 """What may pass (a full cluster, a quota) has this share of the launch timeout: then it is told by its own name."""
@@ -229,7 +229,9 @@ def look(
     """Say what became of a runner. ``last`` is its pod as it was last seen, where it is there no more."""
     alive = [pod for pod in pods if not is_over(pod, now)]
     if job and job.end:
-        return Running() if alive else Exited(job.end)
+        if any(pod.started for pod in alive):
+            return Running()
+        return Starting(job.end.message) if alive else Exited(job.end)
     if not pods:
         return _without_pod(job, last, warnings, now) if job else Held()
     pods = sorted(pods, key=lambda pod: pod.created_at)
@@ -275,7 +277,7 @@ def _without_pod(job: Job, last: Pod | None, warnings: Mapping[str, Sequence[War
     refusals = [warned for warned in warnings.get(job.uid, ()) if warned.reason == "FailedCreate"]
     if refusals:
         return _refused(job, max(refusals, key=lambda warned: warned.at).message)
-    late = now - job.created_at > NO_POD_SECONDS / 10
+    late = now - job.created_at > NO_POD_SECONDS
     return Held(problem="no pod was made for its Job yet; is the Job controller running?" if late else None)
 
 
