@@ -32,6 +32,7 @@ CALLS = 32
 
 CALL_SECONDS = 30.0
 CONNECT_SECONDS = 5.0
+TELL_SECONDS = 10.0
 RENEW_SECONDS = 60.0
 """How old a service account's token may get before its file is read again."""
 
@@ -108,7 +109,7 @@ class Cluster:
         session = api.rest_client.pool_manager
         try:
             with _translated():
-                async with asyncio.timeout(CALL_SECONDS):
+                async with asyncio.timeout(TELL_SECONDS):
                     socket = await session.ws_connect(
                         url, headers=await _headers(api), protocols=("v4.channel.k8s.io",), **_way(api)
                     )

@@ -182,6 +182,10 @@ class KubernetesLauncher:
         if job:
             await self._delete("jobs", job.name, {"propagationPolicy": "Background", "preconditions": {"uid": job.uid}})
             self._jobs.drop(job.name)
+            if not self._known(runner_id):  # the copy may be late, and the pod just made
+                query = {"labelSelector": f"{jobs.RUNNER}={jobs.label_value(runner_id)}"}
+                for item in (await self._ask("GET", self._cluster.path("pods"), query))["items"]:
+                    self._pods.put(item)
         for pod in self._known(runner_id):
             if not (job and pods.is_over(pod, time.time())):  # else it goes with its Job
                 await self._delete("pods", pod.name, {"gracePeriodSeconds": 1, "preconditions": {"uid": pod.uid}})
@@ -390,6 +394,11 @@ class KubernetesLauncher:
                     return "ended"
             log.warning("%s: no way into its container: %s", pod.runner_id, refused)
             return "no way"
+        except LauncherUnavailable as error:
+            if name == "TERM":
+                raise
+            log.warning("%s: no way into its container: %s", pod.runner_id, error)
+            return "no way"  # if it is the whole API that is away, deleting the pod will show it
         return "told"
 
     async def _mark_stopped(self, job: Job) -> None:
