@@ -228,7 +228,7 @@ async def test_a_pod_beyond_the_quota_is_told_and_ends(house: House) -> None:
 @pytest.mark.parametrize(
     ("options", "reason", "words"),
     [
-        ({"image": "localhost:1/no-such-image:none"}, Reason.IMAGE_PULL_FAILED, "pull"),
+        ({"image": "localhost:1/no-such-image:none"}, Reason.IMAGE_PULL_FAILED, "Pull"),
         ({"service_account": "nobody"}, Reason.CONFIG_ERROR, 'serviceaccount "nobody" not found'),
         (
             {"env_from": [{"secretRef": {"name": "no-such-secret"}}]},
