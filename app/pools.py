@@ -19,6 +19,7 @@ from enum import StrEnum
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import parse_qsl, urlencode
 
 import yaml
 from pydantic import (
@@ -33,7 +34,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from typing_extensions import override
 
+from app import job_template
 from app.errors import ConfigurationError, Fault, InvalidRequest
 from app.models import Identifier, Text
 from app.runner import Policy
@@ -64,6 +67,7 @@ _LONGEST = 1e9
 _MANY = 1_000_000
 _MOST_CORES = 1e6
 _MOST_MEBIBYTES = 2**43
+_NOTE = re.compile(r"([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _QUANTITY = re.compile(r"\+?((?:\d{1,20}\.?\d{0,20}|\.\d{1,20})(?:[eE][+-]?\d{1,2})?)([numkMGTPE]|[KMGTPE]i)?", re.ASCII)
 _DECIMAL = {"n": -3, "u": -2, "m": -1, "k": 1, "M": 2, "G": 3, "T": 4, "P": 5, "E": 6}
@@ -147,6 +151,9 @@ def _template(name: object, info: ValidationInfo) -> object:
         raise ValueError(f"{path}: {_dotted(twice[0])} is given twice")
     if not isinstance(template, dict):
         raise ValueError(f"{path}: must be a YAML mapping")  # noqa: TRY004 -- likewise
+    wrong = [f"{_dotted(where)} {detail}" for where, detail in job_template.faults(template, RESERVED)]
+    if wrong:
+        raise ValueError(f"{path}: {'; '.join(wrong)}")
     return template
 
 
@@ -158,6 +165,7 @@ AbsolutePath = Annotated[String, AfterValidator(_absolute)]
 File = Annotated[Word, AfterValidator(_located)]
 User = Annotated[Word, BeforeValidator(_as_text)]
 JobTemplate = Annotated[dict[str, JsonValue], BeforeValidator(_template)]
+ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 Cores = Annotated[float, Field(gt=0, le=_MOST_CORES)]
 Mebibytes = Annotated[int, Field(ge=1, le=_MOST_MEBIBYTES)]
 AskedCores = Annotated[Cores, BeforeValidator(_cores)]
@@ -198,13 +206,69 @@ class PodResources(BaseModel):
     limits: Amounts = Amounts()
 
 
-class Workspace(BaseModel):
-    """How a pod comes by the slot. Each kind has keys of its own beside `kind`."""
+class NoWorkspace(BaseModel):
+    """An empty directory, gone with the pod."""
 
-    model_config = _OPEN
-    __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
+    model_config = _CLOSED
+
+    kind: Literal["none"] = "none"
+
+
+class ClaimWorkspace(BaseModel):
+    """The slot as a part of a volume: `root` is the path that the volume has where slots are named."""
+
+    model_config = _CLOSED
+
+    kind: Literal["pvc"]
+    claim: ObjectName
+    root: AbsolutePath = "/"
+    read_only: bool = False
+
+
+class HostWorkspace(BaseModel):
+    """The slot's path on the node."""
+
+    model_config = _CLOSED
+
+    kind: Literal["host_path"]
+    read_only: bool = False
+
+
+class GitWorkspace(BaseModel):
+    """A clone of the slot's repository. `credentials` is a Secret with `username` and `password`, or `ssh-privatekey`."""
+
+    model_config = _CLOSED
+
+    kind: Literal["git"]
+    image: Word = "alpine/git:latest"
+    credentials: ObjectName | None = None
+    depth: Count | None = None
+
+
+class _AnyWorkspace(BaseModel):
+    """What says by which keys the others are judged."""
+
+    model_config = ConfigDict(strict=True, hide_input_in_errors=True)
 
     kind: Literal["none", "pvc", "host_path", "git"] = "none"
+
+
+_WORKSPACES: dict[str, type[BaseModel]] = {
+    "none": NoWorkspace,
+    "pvc": ClaimWorkspace,
+    "host_path": HostWorkspace,
+    "git": GitWorkspace,
+}
+
+
+def _of_its_kind(workspace: object) -> object:
+    if not isinstance(workspace, dict):
+        return workspace
+    return _WORKSPACES[_AnyWorkspace.model_validate(workspace).kind].model_validate(workspace)
+
+
+Workspace = Annotated[NoWorkspace | ClaimWorkspace | HostWorkspace | GitWorkspace, BeforeValidator(_of_its_kind)]
+"""How a pod comes by the slot."""
 
 
 class PoolConfig(BaseModel):
@@ -270,8 +334,8 @@ class KubernetesConfig(PoolConfig):
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
     command: Command | None = None
     job_template: JobTemplate | None = None
-    service_account: Word | None = None
-    image_pull_secrets: list[Word] = Field(default_factory=list)
+    service_account: ObjectName | None = None
+    image_pull_secrets: list[ObjectName] = Field(default_factory=list)
     node_selector: dict[str, String] = Field(default_factory=dict)
     tolerations: list[dict[str, JsonValue]] = Field(default_factory=list)
     resources: PodResources | None = None
@@ -279,12 +343,47 @@ class KubernetesConfig(PoolConfig):
     annotations: dict[str, String] = Field(default_factory=dict)
     run_as_user: int = Field(default=65532, ge=0)
     fs_group: int | None = Field(default=None, ge=0)
-    workspace: Workspace = Workspace()
+    workspace: Workspace = NoWorkspace()
     ttl_seconds: int | None = Field(default=None, ge=0)
     kubeconfig: File | None = None
     context: Word | None = None
     restart_policy: JsonValue = Field(default=None, exclude=True)
     backoff_limit: JsonValue = Field(default=None, exclude=True)
+
+    @field_validator("labels", "annotations", "node_selector")
+    @classmethod
+    def _with_valid_keys(cls, notes: dict[str, str]) -> dict[str, str]:
+        for key in notes:
+            if not _NOTE.fullmatch(key):
+                raise ValueError(f"{key!r} is not a key that Kubernetes takes")
+            if key in job_template.OWN_LABELS or key.startswith(job_template.OWN_PREFIX):
+                raise ValueError(f"{key} is the launcher's")
+        return notes
+
+
+@dataclass(frozen=True, slots=True)
+class KubernetesEngine:
+    """A namespace of a cluster, as an engine: `kubernetes:NAMESPACE`, `kubernetes:NAMESPACE?kubeconfig=FILE&context=NAME`.
+
+    Without a kubeconfig it is the cluster that we run in.
+    """
+
+    namespace: str
+    kubeconfig: Path | None = None
+    context: str | None = None
+
+    @override
+    def __str__(self) -> str:
+        keys = {"kubeconfig": str(self.kubeconfig or ""), "context": self.context or ""}
+        query = urlencode({key: value for key, value in keys.items() if value}, safe="/:@")
+        return f"kubernetes:{self.namespace}" + (f"?{query}" if query else "")
+
+    @classmethod
+    def parse(cls, engine: str) -> Self:
+        """Read what `str` wrote."""
+        namespace, _, query = engine.partition(":")[2].partition("?")
+        keys = dict(parse_qsl(query))
+        return cls(namespace, Path(keys["kubeconfig"]) if "kubeconfig" in keys else None, keys.get("context"))
 
 
 _SET_ASIDE = ("restart_policy", "backoff_limit")
@@ -395,8 +494,8 @@ class Pool(BaseModel):
                 return "local-process"
             case DockerConfig(docker_host=host):
                 return f"docker:{host}"
-            case KubernetesConfig(kubeconfig=file, context=context):
-                return f"kubernetes:{file or 'in-cluster'}" + (f":{context}" if context else "")
+            case KubernetesConfig(namespace=namespace, kubeconfig=file, context=context):
+                return str(KubernetesEngine(namespace, Path(file) if file else None, context))
 
     @property
     def works_in_slot(self) -> bool:

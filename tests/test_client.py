@@ -515,7 +515,6 @@ async def test_all_events_are_streamed_and_taken_up_again_after_a_kill(serve: Se
     listen = f"127.0.0.1:{free_port()}"
     seen: list[Event] = []
     async with serve(LISTEN=listen) as service, client_of(service, patience=30) as client:
-
         watching = asyncio.create_task(collect(client.events(after=0), seen))
         first = await launch(client, launch_body(slot))
         await client.wait(first.runner_id)

@@ -9,7 +9,18 @@ import pytest
 import yaml
 
 from app.errors import ConfigurationError, InvalidRequest
-from app.pools import MAX_VARIABLE_BYTES, RESERVED, Pool, Pools, PoolType, Usage, inline_pool, load_pools, resolve
+from app.pools import (
+    MAX_VARIABLE_BYTES,
+    RESERVED,
+    KubernetesEngine,
+    Pool,
+    Pools,
+    PoolType,
+    Usage,
+    inline_pool,
+    load_pools,
+    resolve,
+)
 from app.runner import Policy
 
 Load = Callable[[str], Pools]
@@ -321,11 +332,17 @@ def test_a_job_template_may_stand_beside_the_file_or_where_the_service_was_start
     load_one: LoadOne, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cwd").mkdir()
-    (tmp_path / "cwd/job.yaml").write_text("from: cwd")
+    (tmp_path / "cwd/job.yaml").write_text("{kind: Job, from: cwd}")
     monkeypatch.chdir(tmp_path / "cwd")
-    assert key_of(load_one("kubernetes", config={"job_template": "job.yaml"}), "job_template") == {"from": "cwd"}
-    (tmp_path / "job.yaml").write_text("from: beside")
-    assert key_of(load_one("kubernetes", config={"job_template": "job.yaml"}), "job_template") == {"from": "beside"}
+    assert key_of(load_one("kubernetes", config={"job_template": "job.yaml"}), "job_template") == {
+        "kind": "Job",
+        "from": "cwd",
+    }
+    (tmp_path / "job.yaml").write_text("{kind: Job, from: beside}")
+    assert key_of(load_one("kubernetes", config={"job_template": "job.yaml"}), "job_template") == {
+        "kind": "Job",
+        "from": "beside",
+    }
 
 
 @pytest.mark.parametrize("text", ["a: [", "[a]", "a: 1\na: 2", "a: !!set {b}"])
@@ -525,12 +542,23 @@ def test_the_policy_is_the_pools_and_else_the_default(load_one: LoadOne) -> None
         ("local-process", {}, "local-process"),
         ("docker", {}, "docker:unix:///var/run/docker.sock"),
         ("docker", {"docker_host": "tcp://10.0.0.1:2376", "user": "image"}, "docker:tcp://10.0.0.1:2376"),
-        ("kubernetes", {}, "kubernetes:in-cluster"),
-        ("kubernetes", {"kubeconfig": "/etc/kube", "context": "blue"}, "kubernetes:/etc/kube:blue"),
+        ("kubernetes", {}, "kubernetes:necrocode-agents"),
+        (
+            "kubernetes",
+            {"kubeconfig": "/etc/kube", "context": "blue"},
+            "kubernetes:necrocode-agents?kubeconfig=/etc/kube&context=blue",
+        ),
     ],
 )
 def test_the_engine_of_a_pool(load_one: LoadOne, kind: str, config: dict[str, Any], engine: str) -> None:
     assert load_one(kind, config=config).engine == engine
+
+
+@pytest.mark.parametrize("context", [None, "blue", "arn:aws:eks:eu:1:cluster/a b&c=d?%"])
+@pytest.mark.parametrize("kubeconfig", [None, Path("/etc/kube"), Path("/a b/ü&context=x?#%.yaml")])
+def test_a_kubernetes_engine_is_read_as_it_was_written(kubeconfig: Path | None, context: str | None) -> None:
+    engine = KubernetesEngine("agents", kubeconfig, context)
+    assert KubernetesEngine.parse(str(engine)) == engine
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from app.errors import LaunchRejected
 from app.launcher import Launcher
+from app.pools import KubernetesEngine
 from app.reason import Reason
 
 _NEEDS = {"docker": "aiodocker", "kubernetes": "kubernetes_asyncio"}
@@ -13,6 +14,7 @@ _NEEDS = {"docker": "aiodocker", "kubernetes": "kubernetes_asyncio"}
 def open_launcher(engine: str, state_dir: Path, installation: str) -> Launcher:
     """Open the launcher of an engine, named as pools name it; its library loads only now. Blocks.
 
+    ``installation`` tells this service's runners from those of others on an engine that they share.
     Raises LaunchRejected when this installation has none for it.
     """
     kind, _, address = engine.partition(":")
@@ -29,4 +31,9 @@ def open_launcher(engine: str, state_dir: Path, installation: str) -> Launcher:
         from app.launchers.docker import DockerLauncher  # noqa: PLC0415 - likewise
 
         return DockerLauncher(address, installation)
-    raise LaunchRejected(f"this version has no launcher for {kind} pools yet", Reason.CONFIG_ERROR)
+    if kind == "kubernetes":
+        from app.launchers.kubernetes import KubernetesLauncher  # noqa: PLC0415 - likewise
+
+        cluster = KubernetesEngine.parse(engine)
+        return KubernetesLauncher(cluster.kubeconfig, cluster.context, cluster.namespace, installation)
+    raise LaunchRejected(f"there is no launcher for {kind} pools", Reason.CONFIG_ERROR)

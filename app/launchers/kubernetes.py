@@ -1,0 +1,547 @@
+"""Runners as Kubernetes Jobs. The engine is the API of one cluster, and in it one namespace.
+
+A runner is a Job of one pod, named after it, and a Secret that the Job owns (see job.py). What became of it is read from
+copies of the Jobs, pods and warnings of this installation (reflector.py), by rules in pod.py. Nothing is kept here that a
+fresh launcher could not find: what no object would tell is written on the Job.
+
+A stop is a signal to every process of the pod, sent by a shell inside it: so any grace can be asked for, exit code and log
+stay, and no second pod is made. Where that cannot be (no shell in the image, no permission) the pod is deleted: then its log
+is lost, and its exit code may be.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import JsonValue
+
+from app.errors import LauncherUnavailable, LaunchRejected, RunnerGone
+from app.job_template import CONTAINER
+from app.launcher import (
+    Enforcement,
+    Exit,
+    Exited,
+    Found,
+    Gone,
+    Handle,
+    LaunchSpec,
+    LogLine,
+    Observation,
+    Running,
+    Starting,
+)
+from app.launchers import job as jobs
+from app.launchers import pod as pods
+from app.launchers.cluster import Cluster, Json, Refused
+from app.launchers.pod import Conclude, Held, Job, Pod, Warned
+from app.launchers.pod_log import LOST, Cursor, LogReader, parse
+from app.launchers.reflector import PAGE, Reflector
+from app.reason import Reason
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+LOG_SECONDS = 0.3
+"""How often a follower looks for a log that is not there yet, or was cut off."""
+
+KILL_SECONDS = 5.0
+GONE_SECONDS = 60.0
+NEEDED = (
+    ("create", "jobs"), ("get", "jobs"), ("list", "jobs"), ("watch", "jobs"), ("patch", "jobs"), ("delete", "jobs"),
+    ("list", "pods"), ("watch", "pods"), ("delete", "pods"), ("get", "pods/log"),
+    ("create", "secrets"), ("get", "secrets"),
+    ("list", "events"), ("watch", "events"),
+)  # fmt: skip
+"""What we must be permitted, as deploy/kubernetes/rbac.yaml grants it; ways into a container are beyond that."""
+
+_NOT_FOUND, _CONFLICT, _FORBIDDEN = 404, 409, 403
+_NO_SHELL = re.compile(r"executable file not found|no such file or directory", re.IGNORECASE)
+
+
+class KubernetesLauncher:
+    """Starts runners as Jobs in one namespace. ``installation`` tells ours from those of other services there."""
+
+    def __init__(self, kubeconfig: Path | None, context: str | None, namespace: str, installation: str) -> None:
+        self._cluster = cluster = Cluster(kubeconfig, context, namespace)
+        self._installation = installation
+        ours = {"labelSelector": f"{jobs.INSTALLATION}={jobs.label_value(installation)}"}
+        self._jobs = Reflector[Job](cluster, "jobs", ours, pods.read_job, self._job_changed)
+        self._pods = Reflector[Pod](cluster, "pods", ours, pods.read_pod, self._pod_changed)
+        self._warnings = Reflector[Warned](
+            cluster, "events", {"fieldSelector": "type=Warning"}, pods.read_warning, self._warning_changed
+        )
+        self._ours = ours
+        self._pods_of: dict[str, dict[str, Pod]] = {}
+        self._about: dict[str, dict[str, Warned]] = {}
+        self._last: dict[str, Pod] = {}
+        self._held: dict[str, tuple[str, float]] = {}
+        self._told: set[str] = set()
+        self._claims: set[asyncio.Task[None]] = set()
+        self._watchers: set[asyncio.Queue[str | None]] = set()
+        self._asking: asyncio.Task[None] | None = None
+        self._permitted = False
+        self._closed = False
+
+    async def launch(
+        self,
+        runner_id: str,
+        spec: LaunchSpec,
+        *,
+        progress: Callable[[str], None] | None = None,  # noqa: ARG002 - what a pod waits for is observed
+    ) -> Handle:
+        made = jobs.manifests(runner_id, spec, self._installation)
+        return await _to_its_end(self._launch(runner_id, made))
+
+    async def observe(self, handles: Sequence[Handle]) -> Mapping[str, Observation]:
+        await self._in_touch()
+        if len(handles) == 1:
+            return await self._observe(handles[0].runner_id)
+        seen: dict[str, Observation] = {}
+        for handle in handles:
+            with contextlib.suppress(LauncherUnavailable):
+                seen.update(await self._observe(handle.runner_id))
+        return seen
+
+    async def watch(self) -> AsyncIterator[str]:
+        changed: asyncio.Queue[str | None] = asyncio.Queue()
+        self._watchers.add(changed)
+        try:
+            with contextlib.suppress(LauncherUnavailable):
+                await self._in_touch()  # begins the watches, which go on by themselves
+            while not self._closed and (runner_id := await changed.get()) is not None:
+                yield runner_id
+        finally:
+            self._watchers.discard(changed)
+
+    async def stop(self, handle: Handle, grace: float) -> None:
+        await self._in_touch()
+        runner_id = handle.runner_id
+        job = await self._job(runner_id)
+        known = self._known(runner_id)
+        if job is None and not known:
+            return
+        alive = [pod for pod in known if pod.started]
+        for pod in alive:
+            await self._end_pod(job, pod, grace)
+        if job and not job.end and not alive and not any(pod.over for pod in known):
+            await self._conclude(job, Exit(stopped=True, message="ended before it started"))
+
+    async def logs(self, handle: Handle, *, after: str | None = None, follow: bool = False) -> AsyncIterator[LogLine]:
+        cursor = parse(after)
+        while not self._closed:
+            try:
+                pod, ended = await self._log_source(handle.runner_id)
+                if pod is None and ended and after != LOST:
+                    yield LogLine(LOST, b"[the log is lost: its pod was deleted]")
+                if pod:
+                    reader = LogReader(cursor)
+                    async for line in self._read_log(pod, reader, follow=follow and not ended):
+                        yield line
+                    cursor = reader.cursor
+            except LauncherUnavailable:
+                if not self._closed:
+                    raise
+            if ended or not follow:
+                return
+            await asyncio.sleep(LOG_SECONDS)
+
+    def log_file(self, handle: Handle) -> Path | None:  # noqa: ARG002 - the nodes keep them
+        return None
+
+    async def list(self) -> Sequence[Found]:
+        await self._in_touch()
+        found: list[Found] = []
+        page: dict[str, str | int] = {**self._ours, "limit": PAGE}
+        while True:
+            answer = await self._ask("GET", self._cluster.path("jobs"), query=page)
+            for item in answer["items"]:
+                handle = self._handle(item)
+                pod = next(iter(self._pods_of.get(handle.runner_id, {}).values()), None)
+                if pod:
+                    handle = replace(handle, node=pod.node, image_digest=pod.image_digest)
+                created_at = pods.seconds(item["metadata"]["creationTimestamp"])
+                found.append(Found(handle, pods.identity(item), created_at))
+            if not (token := answer["metadata"].get("continue")):
+                return found
+            page["continue"] = token
+
+    async def remove(self, handle: Handle) -> None:
+        await self._in_touch()
+        runner_id = handle.runner_id
+        job = await self._job(runner_id)
+        for pod in self._known(runner_id):
+            if pod.started and await self._signal(pod, "KILL") == "told":  # what has ended goes at once, the rest takes time
+                with contextlib.suppress(LauncherUnavailable):
+                    await self._until_nothing_lives(runner_id, KILL_SECONDS)
+        if job:
+            await self._delete("jobs", job.name, {"propagationPolicy": "Background", "preconditions": {"uid": job.uid}})
+            self._jobs.drop(job.name)
+            if not self._known(runner_id):  # the copy may be late, and the pod just made
+                query = {"labelSelector": f"{jobs.RUNNER}={jobs.label_value(runner_id)}"}
+                for item in (await self._ask("GET", self._cluster.path("pods"), query))["items"]:
+                    self._pods.put(item)
+        for pod in self._known(runner_id):
+            if not (job and pods.is_over(pod, time.time())):  # else it goes with its Job
+                await self._delete("pods", pod.name, {"gracePeriodSeconds": 1, "preconditions": {"uid": pod.uid}})
+        await self._until_nothing_lives(runner_id, GONE_SECONDS)
+        for known in (self._last, self._held):
+            known.pop(runner_id, None)
+        self._told.discard(runner_id)
+
+    async def ping(self) -> None:
+        await self._ask("GET", self._cluster.path("jobs"), query={**self._ours, "limit": 1})
+        if not self._permitted:
+            try:
+                allowed = await asyncio.gather(*[self._cluster.permitted(verb, kind) for verb, kind in NEEDED])
+            except Refused as refused:
+                raise LauncherUnavailable(f"what we may do cannot be asked: {refused}") from refused
+            missing = [f"{verb} {kind}" for (verb, kind), yes in zip(NEEDED, allowed, strict=True) if not yes]
+            if missing:
+                raise LauncherUnavailable(f"not permitted in namespace {self._cluster.namespace}: {', '.join(missing)}")
+            self._permitted = True
+
+    def render(self, runner_id: str, spec: LaunchSpec) -> Mapping[str, JsonValue]:
+        made = jobs.manifests(runner_id, spec, self._installation)
+        return {"job": made.job, "secret": {"metadata": made.secret["metadata"], "keys": sorted(made.secret["data"])}}
+
+    async def about(self) -> Mapping[str, JsonValue]:
+        version = await self._ask("GET", "/version", query={})
+        return {
+            "version": version.get("gitVersion"),
+            "namespace": self._cluster.namespace,
+            "cpu_limits_by": "engine",
+            "memory_limits_by": "engine",
+            "permissions": "complete" if self._permitted else "not known to be complete",
+        }
+
+    async def aclose(self) -> None:
+        self._closed = True
+        for watcher in self._watchers:
+            watcher.put_nowait(None)
+        for task in [*self._claims, *([self._asking] if self._asking else [])]:
+            task.cancel()
+        for reflector in (self._jobs, self._pods, self._warnings):
+            await reflector.aclose()
+        await self._cluster.aclose()
+
+    # Launching.
+
+    async def _launch(self, runner_id: str, made: jobs.Manifests) -> Handle:
+        try:
+            job = await self._cluster.call("POST", self._cluster.path("jobs"), made.job)
+            fresh = True
+        except Refused as refused:
+            if (refused.status, refused.reason) != (_CONFLICT, "AlreadyExists"):
+                raise self._no(refused) from refused
+            job, fresh = await self._existing(runner_id, made.job), False
+        self._jobs.put(job)
+        try:
+            await self._cluster.call("POST", self._cluster.path("secrets"), jobs.owned(made.secret, job))
+        except Refused as refused:
+            if (refused.status, refused.reason) != (_CONFLICT, "AlreadyExists"):
+                if fresh:  # without its Secret it cannot have started
+                    await self._delete("jobs", job["metadata"]["name"], {"propagationPolicy": "Background"})
+                    self._jobs.drop(job["metadata"]["name"])
+                raise self._no(refused) from refused
+            await self._check_secret(job)
+        return self._handle(job)
+
+    async def _existing(self, runner_id: str, wanted: Json) -> Json:
+        """Read the Job that has our name: it is ours, or the launch is impossible."""
+        name = wanted["metadata"]["name"]
+        try:
+            job = await self._cluster.call("GET", self._cluster.path("jobs", name))
+        except Refused as refused:
+            if refused.status == _NOT_FOUND:
+                raise LauncherUnavailable(f"Job {name} was there, and is not", acted=False) from refused
+            raise self._no(refused) from refused
+        labels = job["metadata"].get("labels", {})
+        if any(labels.get(key) != wanted["metadata"]["labels"][key] for key in (jobs.INSTALLATION, jobs.RUNNER)):
+            raise LaunchRejected(f"there is a Job {name} that is not of this service and runner {runner_id}")
+        if "deletionTimestamp" in job["metadata"]:
+            raise LauncherUnavailable(f"Job {name} is being deleted", acted=False)
+        return job
+
+    async def _check_secret(self, job: Json) -> None:
+        """Make sure that the Secret there is this Job's, and not what is left of one that had its name."""
+        name = job["metadata"]["name"]
+        try:
+            secret = await self._cluster.call("GET", self._cluster.path("secrets", name))
+        except Refused as refused:
+            raise LauncherUnavailable(f"Secret {name} was there, and now: {refused}") from refused
+        owners = [owner["uid"] for owner in secret["metadata"].get("ownerReferences") or []]
+        if job["metadata"]["uid"] not in owners:
+            raise LauncherUnavailable(f"Secret {name} is of another Job; it goes when that one's garbage is collected")
+
+    def _no(self, refused: Refused) -> LaunchRejected | LauncherUnavailable:
+        """Say what a refusal means for a launch: nothing was made."""
+        text = str(refused)
+        if refused.status == _CONFLICT:
+            return LauncherUnavailable(text, acted=False)  # two writers met, at a quota for one
+        if refused.status == _FORBIDDEN and "exceeded quota" in text:
+            return LauncherUnavailable(text, acted=False, reason=Reason.QUOTA_EXCEEDED)
+        if refused.status == _NOT_FOUND:
+            return LaunchRejected(f"namespace {self._cluster.namespace} is missing: {text}", Reason.CONFIG_ERROR)
+        return LaunchRejected(text)
+
+    def _handle(self, job: Json) -> Handle:
+        held = jobs.limits(job)
+        return Handle(
+            runner_id=job["metadata"]["labels"][jobs.RUNNER],
+            job_name=job["metadata"]["name"],
+            enforced_by=Enforcement(
+                cpu="engine" if "cpu" in held else "none", memory_mib="engine" if "memory" in held else "none"
+            ),
+            isolation="container",
+            ref=job["metadata"]["uid"],
+        )
+
+    # Observing.
+
+    async def _in_touch(self) -> None:
+        """Return when the copies can be believed; raises LauncherUnavailable if they cannot now."""
+        reflectors = (self._jobs, self._pods, self._warnings)
+        await asyncio.gather(*[reflector.sync() for reflector in reflectors])
+        if all(reflector.quiet for reflector in reflectors):
+            if self._asking is None or self._asking.done():
+                self._asking = asyncio.create_task(self._is_there(), name="ask for the API")
+            await asyncio.shield(self._asking)
+
+    async def _is_there(self) -> None:
+        await self._ask("GET", self._cluster.path("jobs"), query={**self._ours, "limit": 1})
+        self._jobs.heard()
+
+    async def _observe(self, runner_id: str) -> dict[str, Observation]:
+        """Look at a runner; if its end is ours to decide, decide it and look again."""
+        for _ in range(2):
+            job = await self._job(runner_id)
+            known = self._known(runner_id)
+            if job is None and not known:
+                return {runner_id: Gone()}
+            if job and runner_id in self._told:
+                job = replace(job, stopped=True)
+            seen = pods.look(job, known, self._last.get(runner_id), self._told_of(job, known), time.time())
+            match seen:
+                case Held() if job and self._hopeless(runner_id, seen):
+                    end = Exit(reason=seen.reason, message=seen.problem, stopped=False)
+                    await self._conclude(job, end)
+                case Conclude(exit=end):
+                    if job:
+                        await self._conclude(job, end)
+                case Held(problem=problem):
+                    return {runner_id: Starting(problem)}
+                case Starting() | Running() | Exited() | Gone():
+                    return {runner_id: seen}
+        return {}
+
+    def _hopeless(self, runner_id: str, held: Held) -> bool:
+        """Whether a runner was held up by the same cause for longer than there is hope."""
+        now = time.monotonic()
+        cause, since = self._held.get(runner_id, ("", now))
+        if cause != held.cause:
+            since = now
+        self._held[runner_id] = held.cause, since
+        return held.patience is not None and now - since >= held.patience
+
+    async def _job(self, runner_id: str) -> Job | None:
+        """Give a runner's Job. That there is none is asked of the API: a copy may be late."""
+        name = jobs.job_name(runner_id)
+        if name in self._jobs.objects:
+            return self._jobs.objects[name]
+        try:
+            job = await self._cluster.call("GET", self._cluster.path("jobs", name))
+        except Refused as refused:
+            if refused.status == _NOT_FOUND:
+                return None
+            raise LauncherUnavailable(str(refused)) from refused
+        if job["metadata"].get("labels", {}).get(jobs.INSTALLATION) != jobs.label_value(self._installation):
+            return None
+        self._jobs.put(job)
+        return pods.read_job(job)
+
+    async def _conclude(self, job: Job, end: Exit) -> None:
+        """Write an end on the Job, for good, and see to it that it has no pod any more."""
+        body = {"metadata": {"annotations": {pods.END: pods.written(end)}}, "spec": {"parallelism": 0}}
+        await self._patch(job, body)
+
+    async def _patch(self, job: Job, body: Json) -> None:
+        body["metadata"]["uid"] = job.uid  # another Job of that name is not meant
+        try:
+            answer = await self._cluster.call("PATCH", self._cluster.path("jobs", job.name), body)
+        except Refused as refused:
+            if refused.status in {_NOT_FOUND, _CONFLICT}:
+                self._jobs.drop(job.name)
+            raise LauncherUnavailable(f"Job {job.name} cannot be changed: {refused}") from refused
+        self._jobs.put(answer)
+
+    async def _claim(self, job: Job, pod: Pod) -> None:
+        """Write down which pod is the runner, where the cluster may start a second one after it."""
+        with contextlib.suppress(LauncherUnavailable):
+            await self._patch(job, {"metadata": {"annotations": {pods.FIRST_POD: pod.uid}}})
+
+    # Ending.
+
+    async def _end_pod(self, job: Job | None, pod: Pod, grace: float) -> None:
+        match await self._signal(pod, "TERM" if grace > 0 else "KILL"):
+            case "told":
+                self._told.add(pod.runner_id)
+                if job and not job.stopped:
+                    await self._mark_stopped(job)
+            case "no way" if not pod.deleted or grace <= 0:
+                await self._end_by_deletion(job, pod, grace)
+
+    async def _signal(self, pod: Pod, name: str) -> Literal["told", "ended", "no way"]:
+        """Send a signal to every process of a pod."""
+        try:
+            await self._cluster.tell(pod.name, CONTAINER, f"kill -{name} -1")
+        except Refused as refused:
+            if refused.status != _FORBIDDEN and not _NO_SHELL.search(str(refused)):
+                # Engines say in many ways that a container has just ended; then its pod soon says so too.
+                with contextlib.suppress(LauncherUnavailable):
+                    await self._until_nothing_lives(pod.runner_id, KILL_SECONDS)
+                    return "ended"
+            log.warning("%s: no way into its container: %s", pod.runner_id, refused)
+            return "no way"
+        except LauncherUnavailable as error:
+            if name == "TERM":
+                raise
+            log.warning("%s: no way into its container: %s", pod.runner_id, error)
+            return "no way"  # if it is the whole API that is away, deleting the pod will show it
+        return "told"
+
+    async def _mark_stopped(self, job: Job) -> None:
+        await self._patch(job, {"metadata": {"annotations": {pods.STOPPED: f"{time.time():.3f}"}}})
+
+    async def _end_by_deletion(self, job: Job | None, pod: Pod, grace: float) -> None:
+        """Delete a pod, and then let its Job have none: the other way round its grace would be the Job controller's."""
+        if job:
+            await self._mark_stopped(job)
+            self._told.add(pod.runner_id)
+        options = {"gracePeriodSeconds": max(1, math.ceil(grace)), "preconditions": {"uid": pod.uid}}
+        await self._delete("pods", pod.name, options)
+        if job:
+            await self._patch(job, {"metadata": {}, "spec": {"parallelism": 0}})
+
+    async def _delete(self, kind: str, name: str, options: Json) -> None:
+        try:
+            await self._cluster.call("DELETE", self._cluster.path(kind, name), options)
+        except Refused as refused:
+            if refused.status not in {_NOT_FOUND, _CONFLICT}:  # gone, or another one of that name
+                raise LauncherUnavailable(f"{kind} {name} cannot be deleted: {refused}") from refused
+
+    async def _until_nothing_lives(self, runner_id: str, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while any(not pods.is_over(pod, time.time()) for pod in self._known(runner_id)):
+            if time.monotonic() > deadline:
+                raise LauncherUnavailable(f"{runner_id} still lives {seconds:g} s after its end was ordered")
+            await asyncio.sleep(0.05)
+
+    # Logs.
+
+    async def _log_source(self, runner_id: str) -> tuple[Pod | None, bool]:
+        """Give the pod that has a runner's log, if there is one, and whether it has ended. Raises RunnerGone."""
+        seen = (await self.observe([Handle(runner_id=runner_id)])).get(runner_id)
+        if isinstance(seen, Gone):
+            raise RunnerGone(f"namespace {self._cluster.namespace} has no runner {runner_id}")
+        known = sorted(self._known(runner_id), key=lambda pod: pod.created_at)
+        return known[0] if known else None, isinstance(seen, Exited)
+
+    async def _read_log(self, pod: Pod, reader: LogReader, *, follow: bool) -> AsyncIterator[LogLine]:
+        query: dict[str, str | int] = {"container": CONTAINER, "timestamps": "true"}
+        if isinstance(reader.cursor, Cursor):
+            query["sinceTime"] = reader.cursor.since
+        if follow:
+            query["follow"] = "true"
+        try:
+            path = self._cluster.path("pods", pod.name, "log")
+            async with self._cluster.stream(path, query, silence=None if follow else 60) as chunks:
+                async for chunk in chunks:
+                    for line in reader.feed(chunk):
+                        yield line
+        except Refused as refused:
+            if refused.status not in {400, _NOT_FOUND}:  # not started yet, or just gone
+                raise LauncherUnavailable(f"the log of {pod.name} cannot be read: {refused}") from refused
+            return
+        except LauncherUnavailable:
+            if not follow or self._closed:
+                raise
+            return  # the connection broke: go on behind the last whole line
+        if not follow:
+            for line in reader.finish():
+                yield line
+
+    # What the copies tell.
+
+    def _job_changed(self, before: Job | None, now: Job | None) -> None:
+        if one := now or before:
+            self._hint(one.runner_id)
+
+    def _pod_changed(self, before: Pod | None, now: Pod | None) -> None:
+        if now:
+            self._pods_of.setdefault(now.runner_id, {})[now.uid] = now
+            if "running" not in (before.state if before else {}) and now.started:
+                self._claim_if_needed(now)
+            self._hint(now.runner_id)
+        elif before:
+            known = self._pods_of.get(before.runner_id, {})
+            known.pop(before.uid, None)
+            if not known:
+                self._pods_of.pop(before.runner_id, None)
+            self._about.pop(before.uid, None)
+            if jobs.job_name(before.runner_id) in self._jobs.objects:
+                self._last.setdefault(before.runner_id, before)
+            self._hint(before.runner_id)
+
+    def _claim_if_needed(self, pod: Pod) -> None:
+        job = self._jobs.objects.get(jobs.job_name(pod.runner_id))
+        if job and not job.keeps_one_pod and job.first_pod is None and job.uid == pod.job:
+            task = asyncio.create_task(self._claim(job, pod), name=f"claim {pod.name}")
+            self._claims.add(task)
+            task.add_done_callback(self._claims.discard)
+
+    def _warning_changed(self, before: Warned | None, now: Warned | None) -> None:
+        if before and not now:
+            known = self._about.get(before.about, {})
+            if known.get(before.reason) is before:
+                del known[before.reason]
+            if not known:
+                self._about.pop(before.about, None)
+        elif now:
+            self._about.setdefault(now.about, {})[now.reason] = now
+
+    def _known(self, runner_id: str) -> Sequence[Pod]:
+        return list(self._pods_of.get(runner_id, {}).values())
+
+    def _told_of(self, job: Job | None, known: Sequence[Pod]) -> Mapping[str, Sequence[Warned]]:
+        about = [*(pod.uid for pod in known), *([job.uid] if job else [])]
+        return {uid: list(self._about[uid].values()) for uid in about if uid in self._about}
+
+    def _hint(self, runner_id: str) -> None:
+        for watcher in self._watchers:
+            watcher.put_nowait(runner_id)
+
+    async def _ask(self, method: str, path: str, query: Mapping[str, str | int]) -> Json:
+        try:
+            return await self._cluster.call(method, path, query=query)
+        except Refused as refused:
+            raise LauncherUnavailable(str(refused)) from refused
+
+
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Do something whole, and wait for its end also when cancelled: a request on its way cannot be called back."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()
+        raise

@@ -1,0 +1,411 @@
+"""What a Job, its pods and the warnings about them say of a runner. Pure: from the API's JSON to an Observation.
+
+A pod tells how its container ended; a Job only counts. So the Job is asked where a pod never came or is there no more. What
+we decided ourselves is written on the Job: its end, where a pod could not tell it, and that a stop reached the runner.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from app.job_template import CONTAINER
+from app.launcher import Exit, Exited, Observation, Running, Starting
+from app.launchers.job import IDENTITY, LAUNCH_TIMEOUT, RUNNER, limits
+from app.reason import Reason
+
+Json = dict[str, Any]
+
+END = "runner-launcher/end"
+STOPPED = "runner-launcher/stopped-at"
+FIRST_POD = "runner-launcher/first-pod"
+
+PULL_SECONDS = 30.0
+"""How long a pull may fail before it counts: registries have their moments."""
+
+SETTLE_SECONDS = 30.0
+"""How long something that is missing may stay missing: our own Secret comes after the Job."""
+
+NO_POD_SECONDS = 6.0
+DYING_SECONDS = 10.0
+_PASSING = 0.9
+"""What may pass (a full cluster, a quota) has this share of the launch timeout: then it is told by its own name."""
+
+_NOT_FOUND = re.compile(
+    r"not found|does not exist|manifest unknown|no such image|unknown repository|not present", re.IGNORECASE
+)
+_QUOTA = re.compile(r"exceeded quota|failed quota", re.IGNORECASE)
+_ABSENT = re.compile(r"not found", re.IGNORECASE)
+_NOW = {"InvalidImageName": Reason.CONFIG_ERROR, "ErrImageNeverPull": Reason.IMAGE_NOT_FOUND}
+_PULL = {"ErrImagePull", "ImagePullBackOff", "ImageInspectError", "RegistryUnavailable", "SignatureValidationFailed"}
+_BROKEN = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError", "PostStartHookError"}
+_DISRUPTIONS = {
+    "PreemptionByScheduler": Reason.PREEMPTED,
+    "DeletionByTaintManager": Reason.NODE_LOST,
+    "DeletionByPodGC": Reason.NODE_LOST,
+    "EvictionByEvictionAPI": Reason.EVICTED,
+    "TerminationByKubelet": Reason.EVICTED,
+}
+_POD_REASONS = {
+    "Evicted": Reason.EVICTED,
+    "Preempting": Reason.PREEMPTED,
+    "Preempted": Reason.PREEMPTED,
+    "NodeLost": Reason.NODE_LOST,
+    "NodeShutdown": Reason.NODE_LOST,
+    "Shutdown": Reason.NODE_LOST,
+    "Terminated": Reason.NODE_LOST,
+    "DeadlineExceeded": Reason.DEADLINE_EXCEEDED,
+    "UnexpectedAdmissionError": Reason.UNSCHEDULABLE,
+    "NodeAffinity": Reason.UNSCHEDULABLE,
+    "NodePorts": Reason.UNSCHEDULABLE,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warned:
+    """The last warning of one kind about a pod or a Job."""
+
+    about: str
+    reason: str
+    message: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What we keep of a Job. ``end`` is what was written on it, ``first_pod`` the uid of the pod that is the runner."""
+
+    name: str
+    uid: str
+    runner_id: str
+    created_at: float
+    parallelism: int
+    launch_timeout: float
+    limited: frozenset[str]
+    end: Exit | None
+    stopped: bool
+    first_pod: str | None
+    keeps_one_pod: bool
+    succeeded: bool
+    failed: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pod:
+    """What we keep of a pod; states as the API writes them. ``deadline`` is when the kubelet ends it."""
+
+    name: str
+    uid: str
+    runner_id: str
+    job: str | None
+    created_at: float
+    deleted: bool
+    phase: str
+    reason: str | None
+    message: str | None
+    node: str | None
+    image_digest: str | None
+    grace: float
+    deadline: float | None
+    unschedulable: str | None
+    disruption: tuple[str, str] | None
+    state: Json
+    inits: tuple[tuple[str, Json], ...]
+
+    @property
+    def started(self) -> bool:
+        """Whether the main process runs, as far as is known."""
+        return "running" in self.state and not self.over
+
+    @property
+    def over(self) -> bool:
+        """Whether the main process has ended, or never can begin."""
+        return "terminated" in self.state or (self.phase in {"Succeeded", "Failed"} and "running" not in self.state)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """Not started, for this reason; hopeless once it has been so for ``patience`` seconds (None: it may be well)."""
+
+    problem: str | None = None
+    cause: str = ""
+    reason: Reason | None = None
+    patience: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conclude:
+    """Nothing will tell the end any more: it is to be written down as this."""
+
+    exit: Exit
+
+
+def read_job(job: Json) -> Job:
+    """Keep what matters of a Job."""
+    metadata, spec, status = job["metadata"], job["spec"], job.get("status", {})
+    notes = metadata.get("annotations") or {}
+    conditions = {c["type"]: c for c in status.get("conditions") or [] if c.get("status") == "True"}
+    failed = conditions.get("Failed") or conditions.get("FailureTarget")
+    return Job(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        runner_id=metadata["labels"][RUNNER],
+        created_at=seconds(metadata["creationTimestamp"]),
+        parallelism=spec.get("parallelism", 1),
+        launch_timeout=float(notes.get(LAUNCH_TIMEOUT, 300)),
+        limited=frozenset(limits(job)),
+        end=_read_end(notes.get(END)),
+        stopped=STOPPED in notes,
+        first_pod=notes.get(FIRST_POD),
+        keeps_one_pod=spec.get("podReplacementPolicy") == "Failed",
+        succeeded="Complete" in conditions or "SuccessCriteriaMet" in conditions,
+        failed=f"{failed.get('reason')}: {failed.get('message')}" if failed else None,
+    )
+
+
+def identity(job: Json) -> dict[str, str]:
+    """Read the labels that the runner was launched with."""
+    try:
+        labels = json.loads((job["metadata"].get("annotations") or {})[IDENTITY])
+        return {str(key): str(value) for key, value in labels.items()}
+    except (KeyError, ValueError, AttributeError):
+        return {}
+
+
+def read_pod(pod: Json) -> Pod:
+    """Keep what matters of a pod."""
+    metadata, spec, status = pod["metadata"], pod["spec"], pod.get("status", {})
+    conditions = {condition["type"]: condition for condition in status.get("conditions") or []}
+    scheduled, disrupted = conditions.get("PodScheduled", {}), conditions.get("DisruptionTarget", {})
+    states = {one["name"]: one for one in status.get("containerStatuses") or []}
+    runner = states.get(CONTAINER, {})
+    limit, start = spec.get("activeDeadlineSeconds"), status.get("startTime")
+    return Pod(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        runner_id=metadata["labels"][RUNNER],
+        job=next((owner["uid"] for owner in metadata.get("ownerReferences") or [] if owner["kind"] == "Job"), None),
+        created_at=seconds(metadata["creationTimestamp"]),
+        deleted="deletionTimestamp" in metadata,
+        phase=status.get("phase", "Pending"),
+        reason=status.get("reason"),
+        message=status.get("message"),
+        node=spec.get("nodeName"),
+        image_digest=(runner.get("imageID") or "").rpartition("@")[2].removeprefix("docker://") or None,
+        grace=spec.get("terminationGracePeriodSeconds") or 0,
+        deadline=seconds(start) + limit if limit and start else None,
+        unschedulable=scheduled.get("message") or scheduled.get("reason") if scheduled.get("status") == "False" else None,
+        disruption=(disrupted.get("reason", ""), disrupted.get("message", ""))
+        if disrupted.get("status") == "True"
+        else None,
+        state=_state(runner),
+        inits=tuple((one["name"], one["state"]) for one in status.get("initContainerStatuses") or [] if one.get("state")),
+    )
+
+
+def read_warning(event: Json) -> Warned:
+    """Keep what matters of an event."""
+    about = event.get("involvedObject") or event.get("regarding") or {}
+    at = event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"]
+    message = event.get("message") or event.get("note") or ""
+    return Warned(about=about.get("uid", ""), reason=event.get("reason", ""), message=message, at=seconds(at))
+
+
+def seconds(timestamp: str) -> float:
+    """Read a time as seconds since the epoch."""
+    return datetime.fromisoformat(timestamp).timestamp()
+
+
+def written(end: Exit) -> str:
+    """Write an end as it stands on the Job."""
+    return json.dumps({key: value for key, value in asdict(end).items() if value is not None}, ensure_ascii=False)
+
+
+def look(
+    job: Job | None, pods: Sequence[Pod], last: Pod | None, warnings: Mapping[str, Sequence[Warned]], now: float
+) -> Observation | Held | Conclude:
+    """Say what became of a runner. ``last`` is its pod as it was last seen, where it is there no more."""
+    alive = [pod for pod in pods if not is_over(pod, now)]
+    if job and job.end:
+        if any(pod.started for pod in alive):
+            return Running()
+        return Starting(job.end.message) if alive else Exited(job.end)
+    if not pods:
+        return _without_pod(job, last, warnings, now) if job else Held()
+    pods = sorted(pods, key=lambda pod: pod.created_at)
+    first = next((pod for pod in pods if job and pod.uid == job.first_pod), pods[0])
+    if job and (len(pods) > 1 or job.first_pod not in {None, first.uid}):
+        return _second(job, pods, last, now)
+    if not alive:
+        return Exited(_end(first, stopped=bool(job and job.stopped)))
+    if first.started:
+        return Running()
+    return _held(job, first, warnings.get(first.uid, ()))
+
+
+def _second(job: Job, pods: Sequence[Pod], last: Pod | None, now: float) -> Conclude:
+    """Say how a runner ended of which Kubernetes started a second pod: as its first pod did."""
+    first = next((pod for pod in pods if pod.uid == job.first_pod), None) or (
+        last if last and last.uid == job.first_pod else None
+    )
+    if first is None and job.first_pod is None:
+        first = pods[0]
+    others = ", ".join(pod.name for pod in pods if first is None or pod.uid != first.uid)
+    told = f"Kubernetes started a second pod, {others}, which was ended"
+    if first and "terminated" in first.state and is_over(first, now):
+        return Conclude(_end(first, stopped=job.stopped))
+    end = _vanished(first, stopped=job.stopped)
+    return Conclude(replace(end, message=f"{end.message}; {told}"))
+
+
+def _without_pod(job: Job, last: Pod | None, warnings: Mapping[str, Sequence[Warned]], now: float) -> Held | Conclude:
+    if last and last.job == job.uid:
+        return Conclude(
+            _end(last, stopped=job.stopped) if "terminated" in last.state else _vanished(last, stopped=job.stopped)
+        )
+    if job.succeeded:
+        return Conclude(Exit(code=0, message="its pod was gone before it could be read; the Job says that it succeeded"))
+    if job.failed:
+        text = f"its pod was gone before it could be read; the Job says {job.failed}"
+        return Conclude(Exit(reason=Reason.LOST, message=text, stopped=job.stopped or None))
+    if job.first_pod:
+        return Conclude(_vanished(None, stopped=job.stopped))
+    if job.parallelism == 0:
+        return Conclude(Exit(stopped=True, message="ended before it started"))
+    refusals = [warned for warned in warnings.get(job.uid, ()) if warned.reason == "FailedCreate"]
+    if refusals:
+        return _refused(job, max(refusals, key=lambda warned: warned.at).message)
+    late = now - job.created_at > NO_POD_SECONDS
+    return Held(problem="no pod was made for its Job yet; is the Job controller running?" if late else None)
+
+
+def _refused(job: Job, message: str) -> Held:
+    problem = f"its pod is refused: {message}"
+    if _QUOTA.search(message):
+        return Held(problem=problem, cause="quota", reason=Reason.QUOTA_EXCEEDED, patience=job.launch_timeout * _PASSING)
+    reason = Reason.CONFIG_ERROR if _ABSENT.search(message) else Reason.LAUNCH_REJECTED
+    return Held(problem=problem, cause="refused", reason=reason, patience=SETTLE_SECONDS)
+
+
+def _held(job: Job | None, pod: Pod, warnings: Sequence[Warned]) -> Held:
+    """Say what a pod waits for."""
+    passing = job.launch_timeout * _PASSING if job else None
+    if pod.unschedulable:
+        return Held(problem=pod.unschedulable, cause="unschedulable", reason=Reason.UNSCHEDULABLE, patience=passing)
+    for name, state in (*pod.inits, (CONTAINER, pod.state)):
+        waiting = state.get("waiting", {})
+        reason, message = waiting.get("reason", ""), waiting.get("message", "")
+        about = f"{reason}: {message}" if message else reason
+        about = about if name == CONTAINER else f"init container {name}: {about}"
+        if reason in _NOW:
+            return Held(problem=about, cause=reason, reason=_NOW[reason], patience=0)
+        if reason in _PULL:
+            pulls = " ".join([message, *(one.message for one in warnings if one.reason == "Failed")])
+            told = next((one.message for one in warnings if one.reason == "Failed" and "pull" in one.message), message)
+            why = Reason.IMAGE_NOT_FOUND if _NOT_FOUND.search(pulls) else Reason.IMAGE_PULL_FAILED
+            return Held(problem=f"{reason}: {told}", cause="pull", reason=why, patience=PULL_SECONDS)
+        if reason in _BROKEN:
+            return Held(problem=about, cause="broken", reason=Reason.CONFIG_ERROR, patience=SETTLE_SECONDS)
+        if "running" in state and name != CONTAINER:
+            return Held(problem=None)
+    troubles = [warned for warned in warnings if warned.reason not in {"BackOff", "FailedScheduling"}]
+    if troubles and pod.node:
+        worst = max(troubles, key=lambda warned: warned.at)
+        problem = f"{worst.reason}: {worst.message}"
+        return Held(problem=problem, cause=worst.reason, reason=Reason.CONFIG_ERROR, patience=passing)
+    return Held()
+
+
+def is_over(pod: Pod, now: float) -> bool:
+    """Whether nothing of a pod's program lives.
+
+    Kubelets before 1.22 never tell how a container ended that they killed at the pod's own deadline: then it is dead when
+    its grace is over.
+    """
+    if pod.phase == "Failed" and pod.reason == "DeadlineExceeded" and "running" in pod.state:
+        return pod.deadline is not None and now > pod.deadline + pod.grace + DYING_SECONDS
+    return pod.over or (pod.phase == "Failed" and "running" in pod.state and pod.reason in {"Evicted", "NodeLost"})
+
+
+def _end(pod: Pod, *, stopped: bool) -> Exit:
+    """Say how a pod's main process ended."""
+    ended = pod.state.get("terminated")
+    disruption = _disruption(pod)
+    if not ended:
+        failed = next(((name, state["terminated"]) for name, state in pod.inits if _failed(state)), None)
+        if failed and pod.reason not in _POD_REASONS:
+            name, how = failed
+            text = f"init container {name} exited with code {how.get('exitCode')}"
+            words = how.get("message") or how.get("reason") or ""
+            return Exit(reason=Reason.INIT_FAILED, message=f"{text}: {words}".strip(": "), stopped=stopped)
+        reason, text = disruption or (Reason.LOST, "its pod ended, and nothing tells how its program did")
+        return Exit(reason=reason, message=text, stopped=stopped)
+    code, why, words = ended.get("exitCode"), ended.get("reason", ""), ended.get("message") or ""
+    end = Exit(
+        code=code,
+        oom_killed=why == "OOMKilled" and code != 0,
+        stopped=stopped,
+        finished_at=seconds(ended["finishedAt"]) if ended.get("finishedAt") else None,
+    )
+    if why == "ContainerStatusUnknown":
+        reason, text = disruption or (Reason.LOST, f"{why}: {words}")
+        return replace(end, code=None, reason=reason, message=text)
+    if why in {"ContainerCannotRun", "StartError"}:
+        return replace(end, reason=Reason.CONFIG_ERROR, message=f"{why}: {words}")
+    if disruption and code != 0:
+        reason, text = disruption
+        return replace(end, reason=reason, message=text)
+    return replace(end, message=f"{why}: {words}" if end.oom_killed and words else None)
+
+
+def _failed(state: Json) -> bool:
+    return bool(state.get("terminated", {}).get("exitCode"))
+
+
+def _vanished(pod: Pod | None, *, stopped: bool) -> Exit:
+    """Say how a runner ended whose pod is there no more, and never told."""
+    reason, text = (pod and _disruption(pod)) or (Reason.DELETED, "deleted, not by us")
+    name = pod.name if pod else "its pod"
+    if stopped:
+        return Exit(stopped=True, message=f"pod {name} was deleted to end it, and gone before its end was read")
+    return Exit(reason=reason, message=f"pod {name} was gone before its end was read: {text}", stopped=False)
+
+
+def _disruption(pod: Pod) -> tuple[Reason, str] | None:
+    """Give what befell a pod from outside, in the cluster's words."""
+    if pod.disruption and pod.disruption[0] in _DISRUPTIONS:
+        return _DISRUPTIONS[pod.disruption[0]], ": ".join(filter(None, pod.disruption))
+    if pod.reason and pod.phase == "Failed":
+        known = _POD_REASONS.get(pod.reason)
+        known = known or (Reason.UNSCHEDULABLE if pod.reason.startswith("OutOf") else None)
+        if known:
+            return known, ": ".join(filter(None, (pod.reason, pod.message)))
+    return None
+
+
+def _state(status: Json) -> Json:
+    """Give a container's state; one that the kubelet lost sight of may still be told as the one before."""
+    state: Json = status.get("state") or {}
+    before = (status.get("lastState") or {}).get("terminated")
+    return {"terminated": before} if before and "running" not in state else state
+
+
+def _read_end(text: str | None) -> Exit | None:
+    if text is None:
+        return None
+    try:
+        fields = json.loads(text)
+        reason = fields.pop("reason", None)
+        return Exit(**fields, reason=Reason(reason) if reason else None)
+    except (ValueError, TypeError):
+        return Exit(message=f"its end was written down and cannot be read: {text}")
+
+
+def latest(warnings: Iterable[Warned]) -> Mapping[str, Sequence[Warned]]:
+    """Sort warnings by what they are about."""
+    about: dict[str, list[Warned]] = {}
+    for warned in warnings:
+        about.setdefault(warned.about, []).append(warned)
+    return about

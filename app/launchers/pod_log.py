@@ -1,0 +1,151 @@
+"""A container's output as a Kubernetes API gives it: lines with times, from which reading is resumed. Pure.
+
+The API resumes by whole seconds only. So a cursor is a second to read from, how many lines from there on were had, and the
+time of the last of them, which shows whether the count still fits; where it does not, lines have been rotated away.
+"""
+
+import re
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from typing_extensions import override
+
+from app.launcher import LogLine
+
+PART = 16_384
+"""Engines cut lines here, and the API puts a time before every part of them."""
+
+MAX_LINE = 4 * 2**20
+LOST = "lost"
+
+_TIME = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d) ")
+_GAP = b"[some output is missing here: the log was rotated]"
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """Behind a line: the second to read from, the lines to skip there, and the last one's time as it was written."""
+
+    second: int
+    count: int
+    time: str
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.second}/{self.count}/{self.time}"
+
+    @property
+    def since(self) -> str:
+        """The second as the API wants it."""
+        return datetime.fromtimestamp(self.second, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def parse(cursor: str | None) -> Cursor | None:
+    """Read a cursor as it was handed out."""
+    if not cursor or cursor == LOST:
+        return None
+    second, count, time = cursor.split("/", 2)
+    return Cursor(int(second), int(count), time)
+
+
+class LogReader:
+    """Makes lines with cursors of the bytes that one request answers, which was made ``after`` a cursor."""
+
+    def __init__(self, after: Cursor | None) -> None:
+        self.cursor = after
+        self._after = after
+        self._skip = after.count if after else 0
+        self._held: deque[tuple[bytes, bytes]] = deque()
+        self._rest = b""
+        self._per_second: Counter[int] = Counter()
+
+    def feed(self, chunk: bytes) -> Iterator[LogLine]:
+        """Give the lines that are whole with these bytes."""
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        for line in lines:
+            yield from self._line(line)
+        if len(self._rest) > MAX_LINE:
+            rest, self._rest = self._rest, b""
+            yield from self._line(rest)
+
+    def finish(self) -> Iterator[LogLine]:
+        """Give what is left once the request has ended and no more comes: a last line without an end."""
+        rest, self._rest = self._rest, b""
+        if rest:
+            yield from self._line(rest)
+        if self._after and self._skip:  # fewer lines than were had: they were rotated away
+            yield from self._resume_by_time()
+
+    def _line(self, line: bytes) -> Iterator[LogLine]:
+        time, text = _split(line)
+        if not self._skip:
+            yield self._told(time, text)
+            return
+        self._held.append((time, text))
+        if len(self._held) == self._skip:
+            if self._after and time.decode() == self._after.time:
+                self._count_held()
+            else:
+                yield from self._resume_by_time()
+
+    def _count_held(self) -> None:
+        for time, _ in self._held:
+            self._per_second[_second(time)] += 1
+        self._held.clear()
+        self._skip = 0
+
+    def _resume_by_time(self) -> Iterator[LogLine]:
+        """Tell of a gap, then give what is later than the cursor: all that can be done where lines are gone."""
+        held, last = list(self._held), self._after.time if self._after else ""
+        self._held.clear()
+        self._skip, self._after = 0, None
+        told_gap = False
+        for time, text in held:
+            if time.decode() <= last:
+                self._per_second[_second(time)] += 1
+                continue
+            line = self._told(time, text)
+            if not told_gap:
+                yield LogLine(line.cursor, _GAP)
+                told_gap = True
+            yield line
+        if not held and last:
+            yield LogLine(str(self.cursor), _GAP)
+
+    def _told(self, time: bytes, text: bytes) -> LogLine:
+        """Count a line. One second more than the last is read again, for lines whose times are out of order."""
+        second = _second(time)
+        newest = max(second, max(self._per_second, default=second))
+        self._per_second[second] += 1
+        for old in [known for known in self._per_second if known < newest - 1]:
+            del self._per_second[old]
+        self.cursor = Cursor(newest - 1, self._per_second[newest] + self._per_second[newest - 1], time.decode())
+        return LogLine(str(self.cursor), text)
+
+
+def _split(line: bytes) -> tuple[bytes, bytes]:
+    """Split a line into its time and its text, without the times before its further parts."""
+    found = _TIME.match(line)
+    if not found:
+        return b"", line
+    time, text = found[0].strip(), line[found.end() :]
+    if len(text) <= PART:
+        return time, text
+    parts, at = [], 0
+    while True:
+        parts.append(text[at : at + PART])
+        at += PART
+        again = _TIME.match(text, at)
+        if not again:
+            parts.append(text[at:])
+            return time, b"".join(parts)
+        at = again.end()
+
+
+def _second(time: bytes) -> int:
+    found = _TIME.match(time + b" ")
+    if not found:
+        return 0
+    return int(datetime.fromisoformat((found[1] + found[3].replace(b"Z", b"+00:00")).decode()).timestamp())

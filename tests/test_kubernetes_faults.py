@@ -1,0 +1,528 @@
+"""What goes wrong with Kubernetes, on a real cluster, and what is told of it. Found and skipped as the contract's is."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from kubernetes_world import IMAGE, Door, Gate, Json, World, cluster_session, write_kubeconfig
+from launcher_contract import COUNTS_SLOWLY, HANDLES_TERM, LINES, LOOP, RUNS_ON, Script, exits, new_id
+
+from app.errors import LauncherUnavailable, LaunchRejected
+from app.launcher import Exit, Exited, Gone, Handle, LaunchSpec, Observation, Running, Starting
+from app.launchers import open_launcher
+from app.launchers.kubernetes import KubernetesLauncher
+from app.reason import Reason
+
+SECONDS = 120.0
+"""Kubelets before 1.22 take up to a minute to let go of a pod that never started."""
+
+pytestmark = pytest.mark.timeout(300)
+NOWHERE = {"node_selector": {"runner-launcher-test/nowhere": "yes"}}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[tuple[World, Json]]:
+    with cluster_session() as made:
+        yield made
+
+
+@dataclass
+class House:
+    """A launcher, the cluster behind it, and the door between."""
+
+    launcher: KubernetesLauncher
+    world: World
+    door: Door
+    kubeconfig: Path
+    installation: str
+
+    def spec(self, script: str, **options: Any) -> LaunchSpec:  # noqa: ANN401 - JSON
+        known = {"namespace": self.world.namespace, "image": IMAGE, "image_pull_policy": "IfNotPresent"}
+        command = ("/bin/sh", "-c", script)
+        return LaunchSpec(command=command, environment={}, context=b"{}", stop_grace_seconds=2, options={**known, **options})
+
+    async def launch(self, script: str | Script, **options: Any) -> Handle:  # noqa: ANN401 - JSON
+        text = script.sh if isinstance(script, Script) else script
+        return await self.launcher.launch(new_id(), self.spec(text, **options))
+
+    async def see(self, handle: Handle) -> Observation | None:
+        return (await self.launcher.observe([handle])).get(handle.runner_id)
+
+    async def until(self, handle: Handle, check: Callable[[Observation | None], bool], seconds: float = SECONDS) -> Any:  # noqa: ANN401 - narrowed by the check
+        deadline = time.monotonic() + seconds
+        while not check(seen := await self.see(handle)):
+            assert time.monotonic() < deadline, f"not within {seconds} s; seen is {seen}"
+            await asyncio.sleep(0.05)
+        return seen
+
+    async def running(self, handle: Handle) -> None:
+        await self.until(handle, lambda seen: isinstance(seen, Running))
+
+    async def end(self, handle: Handle, seconds: float = SECONDS) -> Exit:
+        exited: Exited = await self.until(handle, lambda seen: isinstance(seen, Exited), seconds)
+        return exited.exit
+
+    async def problem(self, handle: Handle) -> str:
+        starting: Starting = await self.until(handle, lambda seen: isinstance(seen, Starting) and bool(seen.problem))
+        return starting.problem or ""
+
+    async def ready(self, script: Script = RUNS_ON) -> Handle:
+        handle = await self.launch(script)
+        await self.running(handle)
+        async with asyncio.timeout(SECONDS):
+            async for line in self.launcher.logs(handle, follow=True):
+                if line.text == b"ready":
+                    return handle
+        raise AssertionError("it was never ready")
+
+    async def pod(self, handle: Handle) -> Json:
+        (pod,) = await self.world.pods(handle.runner_id)
+        return pod
+
+    async def log(self, handle: Handle) -> list[bytes]:
+        return [line.text async for line in self.launcher.logs(handle)]
+
+    def reopen(self, kubeconfig: Path | None = None, namespace: str | None = None) -> KubernetesLauncher:
+        where = namespace or self.world.namespace
+        return KubernetesLauncher(kubeconfig or self.kubeconfig, None, where, self.installation)
+
+
+@pytest.fixture
+async def house(cluster: tuple[World, Json], tmp_path: Path) -> AsyncIterator[House]:
+    world, user = cluster
+    door, installation = Door(world.configuration), uuid4().hex
+    await door.open()
+    kubeconfig = write_kubeconfig(tmp_path / "kubeconfig", world, door, user)
+    async with aclosing(KubernetesLauncher(kubeconfig, None, world.namespace, installation)) as launcher:
+        yield House(launcher, world, door, kubeconfig, installation)
+    async with aclosing(KubernetesLauncher(kubeconfig, None, world.namespace, installation)) as sweeper:
+        for found in await sweeper.list():
+            await sweeper.remove(found.handle)
+    await door.close()
+    for kind in ("jobs", "pods", "secrets"):
+        for _ in range(600):
+            left = await world.items(kind, f"runner-launcher/installation={installation}")
+            if not left:
+                break
+            await asyncio.sleep(0.1)
+        assert not left
+
+
+# Launches that cannot be.
+
+
+async def test_a_foreign_job_of_that_name_is_no_copy_of_ours(house: House) -> None:
+    runner_id = new_id()
+    path = f"jobs/necrocode-runner-{runner_id}"
+    template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "x", "image": IMAGE}]}}
+    await house.world.call(
+        "POST", "jobs", {"metadata": {"name": path[5:]}, "spec": {"parallelism": 0, "template": template}}
+    )
+    with pytest.raises(LaunchRejected, match="not of this service"):
+        await house.launcher.launch(runner_id, house.spec("exit 0"))
+    handle = Handle(runner_id=runner_id)
+    assert await house.see(handle) == Gone()
+    await house.launcher.remove(handle)
+    assert await house.world.find(path)
+    await house.world.call("DELETE", path, {"propagationPolicy": "Background"})
+
+
+async def test_a_namespace_without_room_for_jobs_is_told_as_quota(house: House) -> None:
+    quota = {"metadata": {"name": "full"}, "spec": {"hard": {"count/jobs.batch": "0"}}}
+    await house.world.call("POST", "resourcequotas", quota)
+    try:
+        await _in_force(house.world)
+        with pytest.raises(LauncherUnavailable, match="exceeded quota") as refused:
+            await house.launch(exits(0))
+        assert (refused.value.acted, refused.value.reason) == (False, Reason.QUOTA_EXCEEDED)
+    finally:
+        await house.world.call("DELETE", "resourcequotas/full")
+    assert (await house.end(await house.launch(exits(0)))).code == 0
+
+
+async def test_a_namespace_without_room_for_secrets_leaves_nothing(house: House) -> None:
+    quota = {"metadata": {"name": "full"}, "spec": {"hard": {"count/secrets": "0"}}}
+    await house.world.call("POST", "resourcequotas", quota)
+    try:
+        await _in_force(house.world)
+        runner_id = new_id()
+        with pytest.raises(LauncherUnavailable, match="exceeded quota") as refused:
+            await house.launcher.launch(runner_id, house.spec("exit 0"))
+        assert (refused.value.acted, refused.value.reason) == (False, Reason.QUOTA_EXCEEDED)
+        await house.until(Handle(runner_id=runner_id), lambda seen: isinstance(seen, Gone))
+    finally:
+        await house.world.call("DELETE", "resourcequotas/full")
+
+
+async def _in_force(world: World) -> None:
+    """Wait until the cluster has counted what a quota counts."""
+    for _ in range(100):
+        status = (await world.call("GET", "resourcequotas/full")).get("status", {})
+        if status.get("used"):
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError("the quota is not in force")
+
+
+async def test_a_namespace_that_is_missing_is_a_rejected_launch(house: House) -> None:
+    async with aclosing(house.reopen(await _owners(house), namespace="no-such-namespace")) as launcher:
+        with pytest.raises(LaunchRejected, match="no-such-namespace") as rejected:
+            await launcher.launch(
+                new_id(), replace(house.spec("exit 0"), options={"namespace": "no-such-namespace", "image": "x"})
+            )
+    assert rejected.value.reason is Reason.CONFIG_ERROR
+
+
+async def _owners(house: House) -> Path:
+    """A kubeconfig with the rights of the cluster's owner."""
+    known = house.world.configuration
+    token = known.api_key.get("BearerToken", "").removeprefix("Bearer ")
+    user = {"token": token} if token else {"client-certificate": known.cert_file, "client-key": known.key_file}
+    return write_kubeconfig(house.kubeconfig.with_name("owner"), house.world, house.door, user)
+
+
+# Pods that never run.
+
+
+@pytest.mark.parametrize(
+    ("options", "reason", "words"),
+    [
+        (NOWHERE, Reason.UNSCHEDULABLE, "node"),
+        ({"image": "no-such-image:none", "image_pull_policy": "Never"}, Reason.IMAGE_NOT_FOUND, "ErrImageNeverPull"),
+        ({"image": "no such/image"}, Reason.CONFIG_ERROR, "InvalidImageName"),
+        ({"resources": {"limits": {"runner-launcher.test/none": 1}}}, Reason.UNSCHEDULABLE, "Insufficient"),
+    ],
+)
+async def test_what_can_never_run_ends_with_the_clusters_words(
+    house: House, options: Json, reason: Reason, words: str
+) -> None:
+    handle = await house.launch(exits(0), **options, launch_timeout_seconds=4)
+    end = await house.end(handle)
+    assert (end.code, end.reason, end.stopped) == (None, reason, False)
+    assert words in (end.message or "")
+    assert not await house.world.pods(handle.runner_id)
+    async with aclosing(house.reopen()) as other:
+        assert (await other.observe([handle]))[handle.runner_id] == Exited(end)
+
+
+async def test_a_pod_beyond_the_quota_is_told_and_ends(house: House) -> None:
+    quota = {"metadata": {"name": "full"}, "spec": {"hard": {"pods": "0"}}}
+    await house.world.call("POST", "resourcequotas", quota)
+    try:
+        await _in_force(house.world)
+        handle = await house.launch(exits(0), launch_timeout_seconds=4)
+        assert "exceeded quota" in await house.problem(handle)
+        assert (await house.end(handle)).reason is Reason.QUOTA_EXCEEDED
+    finally:
+        await house.world.call("DELETE", "resourcequotas/full")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "reason", "words"),
+    [
+        ({"image": "localhost:1/no-such-image:none"}, Reason.IMAGE_PULL_FAILED, "Pull"),
+        ({"service_account": "nobody"}, Reason.CONFIG_ERROR, 'serviceaccount "nobody" not found'),
+        (
+            {"env_from": [{"secretRef": {"name": "no-such-secret"}}]},
+            Reason.CONFIG_ERROR,
+            'secret "no-such-secret" not found',
+        ),
+    ],
+)
+async def test_what_stays_missing_ends_after_a_grace(house: House, options: Json, reason: Reason, words: str) -> None:
+    handle = await house.launch(exits(0), **options)
+    assert await house.problem(handle)
+    end = await house.end(handle, seconds=180)
+    assert end.reason is reason
+    assert words in (end.message or "")
+
+
+@pytest.mark.slow
+async def test_a_claim_that_is_missing_is_told(house: House) -> None:
+    workspace = {"kind": "pvc", "claim": "no-such-claim", "root": "/slots"}
+    spec = replace(house.spec("exit 0", workspace=workspace, launch_timeout_seconds=10), working_dir="/slots/s1")
+    handle = await house.launcher.launch(new_id(), spec)
+    assert "no-such-claim" in ((await house.end(handle)).message or "")
+
+
+async def test_a_failed_init_container_is_told(house: House) -> None:
+    context = b'{"repo_url": "https://git.example.org/a.git", "branch_name": null}'
+    spec = replace(house.spec("exit 0", workspace={"kind": "git", "image": IMAGE}), context=context)
+    end = await house.end(await house.launcher.launch(new_id(), spec))
+    assert (end.code, end.reason) == (None, Reason.INIT_FAILED)
+    assert "init container git exited with code 127" in (end.message or "")
+
+
+async def test_a_program_that_is_not_there_is_told(house: House) -> None:
+    spec = replace(house.spec(""), command=("no-such-program",))
+    end = await house.end(await house.launcher.launch(new_id(), spec))
+    assert end.reason is Reason.CONFIG_ERROR
+    assert end.code in {127, 128}
+    assert "no-such-program" in (end.message or "")
+
+
+async def test_a_runner_that_never_started_can_be_stopped(house: House) -> None:
+    handle = await house.launch(exits(0), **NOWHERE)
+    await house.problem(handle)
+    await house.launcher.stop(handle, 10)
+    end = await house.end(handle)
+    assert (end.code, end.reason, end.stopped) == (None, None, True)
+    assert not await house.world.pods(handle.runner_id)
+
+
+# What a runner finds.
+
+
+async def test_dollars_reach_a_command_as_they_are(house: House) -> None:
+    words = ("$HOME", "$$", "$(RUNNER_ID)", "$$(RUNNER_ID)", "a\nb", "$$$$x")
+    spec = replace(house.spec(""), command=("/bin/sh", "-c", 'printf "<%s>" "$@"', "sh", *words))
+    handle = await house.launcher.launch(new_id(), replace(spec, environment={"RUNNER_ID": "told"}))
+    assert (await house.end(handle)).code == 0
+    assert b"\n".join(await house.log(handle)).decode() == "".join(f"<{word}>" for word in words)
+
+
+async def test_an_image_without_a_user_runs_as_nobody_special_and_can_write_its_workspace(house: House) -> None:
+    script = "id -u; id -g; touch /workspace/here && pwd; grep NoNewPrivs /proc/self/status; grep CapEff /proc/self/status"
+    handle = await house.launch(f"{script}; ls /var/run/secrets/kubernetes.io 2>/dev/null; exit 0")
+    assert (await house.end(handle)).code == 0
+    lines = [line.split() for line in await house.log(handle)]
+    assert lines == [[b"65532"], [b"65532"], [b"/workspace"], [b"NoNewPrivs:", b"1"], [b"CapEff:", b"0000000000000000"]]
+
+
+async def test_a_slot_on_the_node_is_the_workspace(house: House) -> None:
+    spec = replace(
+        house.spec("exec ls /workspace/passwd", workspace={"kind": "host_path", "read_only": True}), working_dir="/etc"
+    )
+    handle = await house.launcher.launch(new_id(), spec)
+    assert (await house.end(handle)).code == 0
+    assert await house.log(handle) == [b"/workspace/passwd"]
+
+
+# What others do behind our back.
+
+
+async def test_a_pod_deleted_behind_our_back_is_told_and_never_replaced(house: House) -> None:
+    handle = await house.ready()
+    name = (await house.pod(handle))["metadata"]["name"]
+    await house.world.call("DELETE", f"pods/{name}", {"gracePeriodSeconds": 1})
+    end = await house.end(handle)
+    assert end.stopped is False
+    assert end.code != 0
+    assert end.reason in {Reason.DELETED, Reason.LOST, None}
+    assert end.code is not None or "gone before its end was read" in (end.message or "")
+    async with aclosing(house.reopen()) as other:
+        assert (await other.observe([handle]))[handle.runner_id] == Exited(end)
+    living = [
+        pod for pod in await house.world.pods(handle.runner_id) if pod["status"].get("phase") not in {"Failed", "Succeeded"}
+    ]
+    assert not [pod for pod in living if "deletionTimestamp" not in pod["metadata"]]
+
+
+async def test_a_second_pod_is_noticed_by_a_service_that_was_down(house: House) -> None:
+    handle = await house.ready()
+    await asyncio.sleep(1)  # until it is written down which pod is the runner
+    first = await house.pod(handle)
+    job = await house.world.call("GET", f"jobs/{handle.job_name}")
+    if job["spec"].get("podReplacementPolicy"):
+        pytest.skip("this Kubernetes starts no second pod")
+    await house.launcher.aclose()
+    await house.world.call("DELETE", f"pods/{first['metadata']['name']}", {"gracePeriodSeconds": 0})
+    for _ in range(100):
+        others = [
+            pod for pod in await house.world.pods(handle.runner_id) if pod["metadata"]["uid"] != first["metadata"]["uid"]
+        ]
+        if others:
+            break
+        await asyncio.sleep(0.1)
+    async with aclosing(house.reopen()) as house.launcher:
+        end = await house.end(handle)
+    assert (end.code, end.reason) == (None, Reason.DELETED)
+    assert "second pod" in (end.message or "")
+
+
+async def test_a_job_deleted_with_its_pod_left_running_is_not_gone_while_that_lives(house: House) -> None:
+    handle = await house.ready()
+    await house.world.call("DELETE", f"jobs/{handle.job_name}", {"propagationPolicy": "Orphan"})
+    for _ in range(20):
+        assert not isinstance(await house.see(handle), Gone)
+        await asyncio.sleep(0.05)
+    await house.launcher.stop(handle, 0)
+    await house.until(handle, lambda seen: isinstance(seen, Exited | Gone))
+    await house.launcher.remove(handle)
+    await house.until(handle, lambda seen: isinstance(seen, Gone))
+    path = f"secrets/{handle.job_name}"
+    if await house.world.find(path):  # of an orphan nobody is the owner
+        await house.world.call("DELETE", path)
+
+
+async def test_without_a_way_into_the_pod_it_is_deleted(house: House) -> None:
+    role = await house.world.call("GET", "roles/runner-launcher")
+    rules = [rule for rule in role["rules"] if rule["resources"] != ["pods/exec"]]
+    await house.world.call("PATCH", "roles/runner-launcher", {"rules": rules})
+    try:
+        handle = await house.ready(HANDLES_TERM)
+        await asyncio.sleep(1)
+        await house.launcher.stop(handle, 5)
+        end = await house.end(handle)
+        assert end.stopped is True
+        assert end.code in {None, 9}
+        await house.launcher.ping()
+    finally:
+        await house.world.call("PATCH", "roles/runner-launcher", {"rules": role["rules"]})
+
+
+# A connection that breaks, an API that forgets, credentials that run out.
+
+
+async def test_what_happened_while_every_connection_broke_is_seen(house: House) -> None:
+    handle = await house.launch(f"trap 'exit 7' TERM; echo ready; {LOOP}")
+    await house.running(handle)
+    async with house.door.closed():
+        await asyncio.sleep(0.2)
+        await house.world.run((await house.pod(handle))["metadata"]["name"], "kill -TERM -1")
+        with pytest.raises(LauncherUnavailable):
+            await house.see(handle)
+    assert (await house.end(handle)).code == 7
+
+
+async def test_a_follower_goes_on_behind_the_last_line_when_its_connection_breaks(house: House) -> None:
+    handle = await house.launch(COUNTS_SLOWLY.sh.replace("0.03", "0.15"))
+    await house.running(handle)
+    lines: list[bytes] = []
+    async with asyncio.timeout(SECONDS):
+        async for line in house.launcher.logs(handle, follow=True):
+            lines.append(line.text)
+            if len(lines) in {5, 20}:
+                await house.door.drop()
+    assert lines == LINES[:40]
+
+
+async def test_a_forgotten_version_is_listed_anew(house: House) -> None:
+    handle = await house.ready(HANDLES_TERM)
+    for reflector in (house.launcher._jobs, house.launcher._pods):
+        reflector._version = "1"
+    await house.door.drop()
+    await house.running(handle)
+    await house.launcher.stop(handle, 5)
+    assert (await house.end(handle)).code == 9
+
+
+async def test_a_token_that_ran_out_is_read_again(house: House, cluster: tuple[World, Json], tmp_path: Path) -> None:
+    kubeconfig = write_kubeconfig(tmp_path / "expired", house.world, house.door, {"token": "expired"})
+    async with aclosing(house.reopen(kubeconfig)) as launcher:
+        with pytest.raises(LauncherUnavailable, match="credentials"):
+            await launcher.ping()
+        write_kubeconfig(tmp_path / "expired", house.world, house.door, cluster[1])
+        await asyncio.sleep(1.1)
+        await launcher.ping()
+        assert await launcher.list() == []
+
+
+async def test_outside_a_cluster_there_is_none_to_run_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    async with aclosing(open_launcher("kubernetes:agents", Path("/nowhere"), "here")) as launcher:
+        with pytest.raises(LauncherUnavailable, match="Service host/port is not set"):
+            await launcher.ping()
+
+
+async def test_what_is_not_permitted_is_named(house: House) -> None:
+    role = await house.world.call("GET", "roles/runner-launcher")
+    rules = [rule for rule in role["rules"] if rule["resources"] != ["secrets"]]
+    await house.world.call("PATCH", "roles/runner-launcher", {"rules": rules})
+    try:
+        with pytest.raises(LauncherUnavailable, match="create secrets, get secrets"):
+            await house.launcher.ping()
+        with pytest.raises(LaunchRejected, match="secrets"):
+            await house.launch(exits(0))
+        assert await house.launcher.list() == []
+    finally:
+        await house.world.call("PATCH", "roles/runner-launcher", {"rules": role["rules"]})
+    await house.launcher.ping()
+
+
+async def test_an_api_that_is_busy_is_left_alone_for_as_long_as_it_wants(house: House) -> None:
+    async with Gate(house.world) as gate, aclosing(_through(gate, house)) as launcher:
+        runner_id = new_id()
+        for status, acted in ((429, False), (500, True), (503, True)):
+            gate.answer("POST /apis/batch", status, Retry_After="1")
+            with pytest.raises(LauncherUnavailable, match=f"injected {status}") as busy:
+                await launcher.launch(runner_id, house.spec("exit 0"))
+            assert (busy.value.acted, busy.value.retry_after) == (acted, 1)
+            asked = len(gate.asked)
+            if status == 429:
+                with pytest.raises(LauncherUnavailable, match="pause"):
+                    await launcher.launch(runner_id, house.spec("exit 0"))
+                assert len(gate.asked) == asked
+                await asyncio.sleep(1.1)
+        handle = await launcher.launch(runner_id, house.spec("exit 0"))
+        assert (await house.end(handle)).code == 0
+
+
+async def test_looking_at_runners_asks_the_api_nothing(house: House) -> None:
+    async with Gate(house.world) as gate, aclosing(_through(gate, house)) as launcher:
+        handles = [await launcher.launch(new_id(), house.spec(f"exit {number}")) for number in range(4)]
+        assert len([ask for ask in gate.asked if ask.startswith("POST")]) == 8
+        for handle in handles:
+            await house.end(handle)
+        while len([ask for ask in gate.asked if "watch=true" in ask]) < 3:
+            await launcher.observe([])
+            await asyncio.sleep(0.05)
+        asked = len(gate.asked)
+        for _ in range(200):
+            seen = await launcher.observe(handles)
+        assert [seen[handle.runner_id].exit.code for handle in handles] == [0, 1, 2, 3]  # type: ignore[union-attr]
+        assert [ask for ask in gate.asked[asked:] if "limit=1" not in ask] == []
+
+
+async def test_a_copy_that_is_refused_or_cut_is_made_again(house: House) -> None:
+    async with Gate(house.world) as gate, aclosing(_through(gate, house)) as launcher:
+        where = f"GET /apis/batch/v1/namespaces/{house.world.namespace}/jobs"
+        gate.answer(where, 500)
+        with pytest.raises(LauncherUnavailable, match="injected 500"):
+            await launcher.list()
+        gate.answer(f"{where}?", 410)
+        handle = await launcher.launch(new_id(), house.spec("exit 3"))
+        assert (await house.end(handle)).code == 3
+        assert [found.handle.runner_id for found in await launcher.list()] == [handle.runner_id]
+
+
+def _through(gate: Gate, house: House) -> KubernetesLauncher:
+    """A launcher that reaches the API through a gate."""
+    path = house.kubeconfig.with_name(f"gate-{gate.port}")
+    path.write_text(
+        f"""{{apiVersion: v1, kind: Config, current-context: c, contexts: [{{name: c, context: {{cluster: c, user: u}}}}],
+        clusters: [{{name: c, cluster: {{server: "http://127.0.0.1:{gate.port}"}}}}], users: [{{name: u, user: {{}}}}]}}"""
+    )
+    return house.reopen(path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+async def test_a_runner_whose_service_is_down_is_ended_at_its_deadline(house: House) -> None:
+    spec = replace(house.spec(RUNS_ON.sh), run_timeout_seconds=1)
+    handle = await house.launcher.launch(new_id(), spec)
+    end = await house.end(handle, seconds=100)
+    assert end.reason is Reason.DEADLINE_EXCEEDED
+    assert "deadline" in (end.message or "")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+async def test_two_hundred_at_once(house: House) -> None:
+    async def one(number: int) -> tuple[int | None, Sequence[bytes]]:
+        handle = await house.launch(f"echo {number}; exit {number % 3}")
+        end = await house.end(handle, seconds=800)
+        log = await house.log(handle)
+        with contextlib.suppress(LauncherUnavailable):
+            await house.launcher.remove(handle)
+        return end.code, log
+
+    assert await asyncio.gather(*map(one, range(200))) == [(n % 3, [b"%d" % n]) for n in range(200)]

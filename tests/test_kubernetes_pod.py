@@ -1,0 +1,243 @@
+"""What Jobs, pods and warnings say of a runner, as tables: also what the cluster in CI cannot bring about."""
+
+from typing import Any
+
+import pytest
+
+from app.launcher import Exit, Exited, Observation, Running, Starting
+from app.launchers.pod import (
+    Conclude,
+    Held,
+    Warned,
+    latest,
+    look,
+    read_job,
+    read_pod,
+    read_warning,
+    written,
+)
+from app.reason import Reason
+
+Json = dict[str, Any]
+NOW = 1_800_000_000.0
+THEN = "2026-11-23T12:00:00Z"
+
+
+def job(*, status: Json | None = None, parallelism: int = 1, **notes: str) -> Json:
+    annotations = {f"runner-launcher/{key.replace('_', '-')}": value for key, value in notes.items()}
+    metadata = {"name": "necrocode-runner-r", "uid": "j", "labels": {"runner-id": "r"}, "creationTimestamp": THEN}
+    template = {"spec": {"containers": [{"name": "runner"}]}}
+    return {
+        "metadata": {**metadata, "annotations": annotations},
+        "spec": {"parallelism": parallelism, "template": template},
+        "status": status or {},
+    }
+
+
+def pod(name: str = "p", *, state: Json | None = None, conditions: Any = (), inits: Any = (), **status: Any) -> Json:  # noqa: ANN401 - JSON
+    containers = [{"name": "runner", "state": state}] if state else []
+    metadata = {"name": name, "uid": name, "labels": {"runner-id": "r"}, "creationTimestamp": THEN}
+    return {
+        "metadata": {**metadata, "ownerReferences": [{"kind": "Job", "uid": "j"}]},
+        "spec": {"nodeName": "n"},
+        "status": {
+            "conditions": list(conditions),
+            "containerStatuses": containers,
+            "initContainerStatuses": list(inits),
+            "startTime": THEN,
+            **status,
+        },
+    }
+
+
+def ended(code: int, reason: str = "Error", **more: Any) -> Json:  # noqa: ANN401 - JSON
+    return {"terminated": {"exitCode": code, "reason": reason, "finishedAt": THEN, **more}}
+
+
+def waiting(reason: str, message: str = "") -> Json:
+    return {"waiting": {"reason": reason, "message": message}}
+
+
+def seen(
+    a_job: Json | None, *pods: Json, last: Json | None = None, warnings: list[Warned] | None = None
+) -> Observation | Held | Conclude:
+    return look(
+        read_job(a_job) if a_job else None,
+        [read_pod(one) for one in pods],
+        read_pod(last) if last else None,
+        latest(warnings or []),
+        NOW,
+    )
+
+
+def end_of(answer: Observation | Held | Conclude) -> Exit:
+    assert isinstance(answer, Exited | Conclude)
+    return answer.exit
+
+
+RUNNING = {"running": {"startedAt": THEN}}
+DISRUPTED = {"type": "DisruptionTarget", "status": "True", "message": "the cluster's words"}
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "reason", "words"),
+    [
+        ({"phase": "Failed", "reason": "Evicted", "message": "low on memory"}, None, Reason.EVICTED, "low on memory"),
+        ({"phase": "Failed", "reason": "Preempting", "message": "m"}, None, Reason.PREEMPTED, "m"),
+        ({"phase": "Failed", "reason": "Terminated", "message": "shutdown"}, ended(143), Reason.NODE_LOST, "shutdown"),
+        ({"phase": "Failed", "reason": "OutOfcpu", "message": "no cpu"}, None, Reason.UNSCHEDULABLE, "no cpu"),
+        ({"phase": "Failed", "reason": "UnexpectedAdmissionError"}, None, Reason.UNSCHEDULABLE, "Unexpected"),
+        ({"phase": "Failed", "reason": "DeadlineExceeded", "message": "m"}, ended(137), Reason.DEADLINE_EXCEEDED, "m"),
+        ({"phase": "Failed"}, ended(137, "OOMKilled"), None, ""),
+        ({"phase": "Failed"}, ended(127, "ContainerCannotRun", message="no sh"), Reason.CONFIG_ERROR, "no sh"),
+        ({"phase": "Failed"}, ended(128, "StartError", message="no sh"), Reason.CONFIG_ERROR, "no sh"),
+        ({"phase": "Failed"}, None, Reason.LOST, "nothing tells"),
+        (
+            {"phase": "Failed", "conditions": [{**DISRUPTED, "reason": "PreemptionByScheduler"}]},
+            ended(143),
+            Reason.PREEMPTED,
+            "the cluster's words",
+        ),
+        (
+            {"phase": "Failed", "conditions": [{**DISRUPTED, "reason": "DeletionByTaintManager"}]},
+            ended(137, "ContainerStatusUnknown"),
+            Reason.NODE_LOST,
+            "the cluster's words",
+        ),
+        (
+            {"phase": "Failed", "conditions": [{**DISRUPTED, "reason": "EvictionByEvictionAPI"}]},
+            ended(143),
+            Reason.EVICTED,
+            "the cluster's words",
+        ),
+    ],
+)
+def test_ends_from_outside_are_told_in_the_clusters_words(
+    status: Json, state: Json | None, reason: Reason | None, words: str
+) -> None:
+    end = end_of(seen(job(), pod(state=state, **status)))
+    assert end.reason == reason
+    assert words in (end.message or "")
+    assert end.code != 0
+
+
+def test_a_program_that_completed_did_so_whatever_befell_its_pod() -> None:
+    end = end_of(seen(job(), pod(state=ended(0, "Completed"), phase="Succeeded", reason="Evicted")))
+    assert (end.code, end.reason) == (0, None)
+
+
+def test_out_of_memory_needs_a_non_zero_end() -> None:
+    assert end_of(seen(job(), pod(state=ended(137, "OOMKilled"), phase="Failed"))).oom_killed
+    assert not end_of(seen(job(), pod(state=ended(0, "OOMKilled"), phase="Succeeded"))).oom_killed
+
+
+def test_a_pod_that_shows_no_container_is_not_over_while_it_runs() -> None:
+    assert seen(job(), pod(state=RUNNING, phase="Running")) == Running()
+    assert seen(job(), pod(state=RUNNING, phase="Unknown", reason="NodeLost")) == Running()
+
+
+def test_a_failed_init_container_is_told() -> None:
+    inits = [{"name": "git", "state": ended(128, message="no such branch")}]
+    end = end_of(seen(job(), pod(state=waiting("PodInitializing"), inits=inits, phase="Failed")))
+    assert (end.reason, end.message) == (Reason.INIT_FAILED, "init container git exited with code 128: no such branch")
+
+
+PULL = "Failed to pull image: rpc error: manifest for a:b not found"
+
+
+@pytest.mark.parametrize(
+    ("status", "warned", "reason", "patience"),
+    [
+        ({"state": waiting("InvalidImageName", "a b")}, None, Reason.CONFIG_ERROR, 0),
+        ({"state": waiting("ErrImageNeverPull")}, None, Reason.IMAGE_NOT_FOUND, 0),
+        ({"state": waiting("ErrImagePull", "connection refused")}, None, Reason.IMAGE_PULL_FAILED, 30),
+        ({"state": waiting("ImagePullBackOff", "Back-off")}, ("Failed", PULL), Reason.IMAGE_NOT_FOUND, 30),
+        ({"inits": [{"name": "git", "state": waiting("ImagePullBackOff", "x")}]}, None, Reason.IMAGE_PULL_FAILED, 30),
+        ({"state": waiting("CreateContainerConfigError", 'secret "x" not found')}, None, Reason.CONFIG_ERROR, 30),
+        (
+            {"conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes"}]},
+            None,
+            Reason.UNSCHEDULABLE,
+            270,
+        ),
+        ({"state": waiting("ContainerCreating")}, ("FailedMount", 'configmap "x" not found'), Reason.CONFIG_ERROR, 270),
+        ({"state": waiting("ContainerCreating")}, None, None, None),
+        ({"inits": [{"name": "git", "state": RUNNING}], "state": waiting("PodInitializing")}, None, None, None),
+    ],
+)
+def test_what_holds_a_pod_up_is_told(
+    status: Json, warned: tuple[str, str] | None, reason: Reason | None, patience: float | None
+) -> None:
+    warnings = [Warned(about="p", reason=warned[0], message=warned[1], at=1)] if warned else []
+    held = seen(job(), pod(phase="Pending", **status), warnings=warnings)
+    assert isinstance(held, Held)
+    assert (held.reason, held.patience) == (reason, patience)
+    assert bool(held.problem) == (reason is not None)
+    if warned:
+        assert warned[1] in (held.problem or "")
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "patience"),
+    [
+        ("pods is forbidden: exceeded quota: q, requested: pods=1", Reason.QUOTA_EXCEEDED, 270),
+        ('error looking up service account ns/x: serviceaccount "x" not found', Reason.CONFIG_ERROR, 30),
+        ('admission webhook "w" denied the request: no', Reason.LAUNCH_REJECTED, 30),
+        ('pods "x" is forbidden: violates PodSecurity "restricted:latest"', Reason.LAUNCH_REJECTED, 30),
+    ],
+)
+def test_a_pod_that_is_refused_is_told_of(message: str, reason: Reason, patience: float) -> None:
+    held = seen(job(), warnings=[Warned(about="j", reason="FailedCreate", message=message, at=1)])
+    assert held == Held(problem=f"its pod is refused: {message}", cause=held.cause, reason=reason, patience=patience)  # type: ignore[union-attr]
+
+
+def test_a_second_pod_is_the_first_ones_end() -> None:
+    end = end_of(seen(job(first_pod="p"), pod("q", state=RUNNING, phase="Running")))
+    assert (end.code, end.reason, end.stopped) == (None, Reason.DELETED, False)
+    assert "second pod, q" in (end.message or "")
+    first = pod(state=ended(9), phase="Failed")
+    assert end_of(seen(job(first_pod="p"), first, pod("q", phase="Pending"))).code == 9
+    assert isinstance(seen(job(), pod(state=RUNNING, phase="Running"), pod("q", phase="Pending")), Conclude)
+
+
+def test_a_pod_that_is_gone_is_judged_by_what_was_last_seen_of_it() -> None:
+    assert end_of(seen(job(), last=pod(state=ended(9), phase="Failed"))).code == 9
+    lost = end_of(seen(job(), last=pod(state=RUNNING, phase="Running")))
+    assert (lost.code, lost.reason) == (None, Reason.DELETED)
+    stopped = end_of(seen(job(stopped_at="1"), last=pod(state=RUNNING, phase="Running")))
+    assert (stopped.code, stopped.stopped) == (None, True)
+
+
+def test_without_a_pod_the_job_is_asked() -> None:
+    complete = {"conditions": [{"type": "Complete", "status": "True"}]}
+    failed = {"conditions": [{"type": "FailureTarget", "status": "True", "reason": "PodFailurePolicy", "message": "m"}]}
+    assert end_of(seen(job(status=complete))).code == 0
+    end = end_of(seen(job(status=failed)))
+    assert (end.code, end.reason) == (None, Reason.LOST)
+    assert "PodFailurePolicy: m" in (end.message or "")
+    assert end_of(seen(job(first_pod="p"))).reason is Reason.DELETED
+    assert isinstance(seen(job()), Held)
+
+
+def test_an_end_that_was_written_down_is_the_end_once_nothing_lives() -> None:
+    end = Exit(code=None, reason=Reason.UNSCHEDULABLE, message="0/1 nodes ü", stopped=False)
+    noted = job(end=written(end))
+    assert seen(noted) == Exited(end)
+    assert seen(noted, pod(state=RUNNING, phase="Running")) == Running()
+    assert seen(noted, pod(state=waiting("ErrImagePull"), phase="Pending")) == Starting("0/1 nodes ü")
+    assert isinstance(end_of(seen(job(end="{nonsense"))).message, str)
+
+
+def test_an_old_kubelet_never_tells_the_end_at_a_deadline() -> None:
+    """1.20 leaves the container `running` in the status of a pod that it failed."""
+    late = pod(state=RUNNING, phase="Failed", reason="DeadlineExceeded", message="m")
+    late["spec"]["activeDeadlineSeconds"] = 60
+    assert end_of(seen(job(), late)).reason is Reason.DEADLINE_EXCEEDED
+    late["spec"]["activeDeadlineSeconds"] = NOW
+    assert seen(job(), late) == Running()
+
+
+def test_both_forms_of_events_are_read() -> None:
+    old = {"metadata": {}, "involvedObject": {"uid": "p"}, "reason": "R", "message": "m", "lastTimestamp": THEN}
+    new = {"metadata": {}, "regarding": {"uid": "p"}, "reason": "R", "note": "m", "eventTime": "2026-11-23T12:00:00.000000Z"}
+    assert read_warning(old) == read_warning(new)

@@ -1,0 +1,87 @@
+"""Reading a pod's log: lines and their cursors, resumed behind any of them, and told where some are gone."""
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from app.launcher import LogLine
+from app.launchers.pod_log import PART, LogReader, parse
+
+
+def written(seconds: Sequence[float], text: str = "line") -> list[bytes]:
+    """Lines as the API gives them, at these seconds after noon."""
+    return [
+        f"2026-11-23T12:{int(at) // 60:02}:{int(at) % 60:02}.{round(at % 1 * 10**9):09}Z {text} {number}".encode()
+        for number, at in enumerate(seconds)
+    ]
+
+
+def read(lines: Sequence[bytes], after: str | None = None) -> list[LogLine]:
+    return list(_read(lines, after))
+
+
+def _read(lines: Sequence[bytes], after: str | None) -> Iterator[LogLine]:
+    """Answer as the API does: everything since the cursor's second."""
+    cursor = parse(after)
+    if cursor:
+        lines = [line for line in lines if line[:19].decode() >= cursor.since[:19]]
+    reader = LogReader(cursor)
+    data = b"".join(line + b"\n" for line in lines)
+    at = 0
+    while at < len(data):
+        step = 1 + at * 7919 % 200  # pieces of any size
+        yield from reader.feed(data[at : at + step])
+        at += step
+    yield from reader.finish()
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        [0.0] * 7,
+        [0.1, 0.2, 0.9, 1.1, 1.1, 1.1, 2.5, 9.0, 9.0, 61.5],
+        [5.9999, 6.0001, 5.9998, 6.0002, 5.9997, 7.5, 6.9],  # two streams, each with times of its own
+        [number * 0.01 for number in range(500)],
+    ],
+)
+def test_reading_resumes_behind_any_line(seconds: Sequence[float]) -> None:
+    lines = written(seconds)
+    whole = read(lines)
+    assert [line.text for line in whole] == [b"line %d" % number for number in range(len(seconds))]
+    for number, line in enumerate(whole):
+        rest = read(lines, line.cursor)
+        assert [one.text for one in rest] == [one.text for one in whole[number + 1 :]]
+        assert [one.cursor for one in rest] == [one.cursor for one in whole[number + 1 :]]
+
+
+def test_lines_that_were_rotated_away_are_told_of() -> None:
+    lines = written([number * 0.1 for number in range(50)])
+    cursor = read(lines)[20].cursor
+    later = read(lines[30:], cursor)
+    assert b"rotated" in later[0].text
+    assert [line.text for line in later[1:]] == [b"line %d" % number for number in range(30, 50)]
+    cut = read(lines[15:], cursor)
+    assert [line.text for line in cut if b"rotated" not in line.text] == [b"line %d" % number for number in range(21, 50)]
+
+
+def test_a_log_that_is_empty_by_now_is_a_gap() -> None:
+    cursor = read(written([0.1, 0.2]))[1].cursor
+    assert [b"rotated" in line.text for line in read([], cursor)] == [True]
+
+
+def test_nothing_new_is_no_gap() -> None:
+    lines = written([0.1, 0.2])
+    assert read(lines, read(lines)[1].cursor) == []
+
+
+def test_a_long_line_is_one_line_without_the_times_of_its_parts() -> None:
+    time, text = b"2026-11-23T12:00:00.000000001Z ", b"".join(b"%06d" % number for number in range(20_000))
+    parts = [text[at : at + PART] for at in range(0, len(text), PART)]
+    assert [line.text for line in read([time + time.join(parts)])] == [text]
+    assert [line.text for line in read([time + text])] == [text]
+
+
+def test_a_last_line_without_an_end_comes_at_the_end() -> None:
+    reader = LogReader(None)
+    assert [line.text for line in reader.feed(b"2026-11-23T12:00:00.1Z one\n2026-11-23T12:00:00.2Z tw")] == [b"one"]
+    assert [line.text for line in reader.finish()] == [b"tw"]
