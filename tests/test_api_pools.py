@@ -173,11 +173,12 @@ async def test_a_pool_of_the_requests_own_may_not_name_what_is_the_operators(
 
 
 def _docker() -> Json:
-    return {"far": {"type": "docker", "config": {"docker_host": "tcp://127.0.0.1:1"}}}
+    config = {"docker_host": "tcp://127.0.0.1:1", "user": "1000:1000", "retry_attempts": 2, "retry_base_seconds": 0.01}
+    return {"far": {"type": "docker", "config": config}}
 
 
-async def test_a_pool_whose_launcher_is_not_here_yet_is_refused_in_words(service: Service, slot: Path) -> None:
+async def test_an_engine_that_nobody_can_reach_is_told_with_each_attempt(service: Service, slot: Path) -> None:
     async with service(_docker()) as client:
         answer = await client.post("/runners", json=launch_body(slot, pool="far"))
-        said = problem(answer, 422, "launch-rejected", words="no launcher for docker pools yet")
-    assert (said["runner"]["reason"], said["retryable"]) == ("config_error", False)
+        said = problem(answer, 503, "engine-unavailable", words="attempt 2: tcp://127.0.0.1:1: cannot connect")
+    assert (said["runner"]["reason"], said["retryable"]) == ("engine_unavailable", True)
