@@ -7,7 +7,7 @@ What passes here can be written to JSON, to an environment and to a store as it 
 import math
 import re
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -395,6 +395,29 @@ class EnginePage(BaseModel):
     model_config = _SAY
 
     items: list[EngineRecord]
+
+
+class StrayRecord(BaseModel):
+    """A runner of this installation that an engine holds and no live record explains."""
+
+    model_config = _SAY
+
+    engine: str
+    runner_id: str
+    container_id: str | None
+    job_name: str | None
+    created_at: datetime
+    fate: Literal["adopt", "remove", "wait"] = Field(description="what the sweep does with it")
+    why: str
+
+
+class SweepReport(BaseModel):
+    """What the sweep found, and which engines could not be asked."""
+
+    model_config = _SAY
+
+    items: list[StrayRecord]
+    problems: dict[str, str] = Field(description="by engine")
 
 
 class PoolSwitch(BaseModel):

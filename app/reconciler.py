@@ -109,6 +109,7 @@ class Reconciler:
         self._failures: dict[str, int] = {}
         self._opening = asyncio.Lock()
         self._swept = asyncio.Event()
+        self._sweeping = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self._working: set[asyncio.Task[None]] = set()
         feed.listen(self._changed)
@@ -250,14 +251,21 @@ class Reconciler:
 
     async def _sweep_engine(self, name: str) -> None:
         try:
-            await self._settle_strays(name)
+            await self.sweep(name)
         except (LauncherUnavailable, LaunchRejected) as error:
             log.warning("%s cannot be swept: %s", name, error)
 
-    async def _settle_strays(self, name: str) -> None:
-        """Adopt a live runner without a record, for a lost database must not kill an agent; remove what ended, later."""
-        launcher = await self.launcher(name)
-        for stray in await self.strays(name):
+    async def sweep(self, name: str) -> list[Stray]:
+        """Adopt a live runner without a record, for a lost database must not kill an agent; remove what ended, later.
+
+        Gives what was found. Raises LauncherUnavailable, LaunchRejected.
+        """
+        async with self._sweeping:
+            return await self._settle(name, await self.launcher(name))
+
+    async def _settle(self, name: str, launcher: Launcher) -> list[Stray]:
+        strays = await self.strays(name)
+        for stray in strays:
             found, runner_id = stray.found, stray.found.handle.runner_id
             if stray.fate == "remove":
                 log.warning("%s: %s is %s; removing what is left of it", name, runner_id, stray.why)
@@ -269,6 +277,7 @@ class Reconciler:
                     log.error("%s: %s lives without a record and cannot be adopted: %r", name, runner_id, error)  # noqa: TRY400
                 else:
                     log.warning("%s: %s lived without a record, and was adopted", name, runner_id)
+        return strays
 
     async def strays(self, name: str) -> list[Stray]:
         """Say what an engine holds of ours that no live record explains, and what the sweep does with it. Changes nothing.

@@ -43,7 +43,7 @@ from app.logs import Spool
 from app.models import LaunchRequest, Slot
 from app.pools import Pool, Pools, Usage, load_pools, resolve
 from app.reason import Reason
-from app.reconciler import Reconciler
+from app.reconciler import Reconciler, Stray
 from app.redaction import redacted, without_secrets
 from app.runner import Phase, Runner, finished, identity, stop_asked
 from app.settings import Settings
@@ -303,6 +303,20 @@ class RunnerService:
             return states
         states = [replace(state, pools=tuple(filter(caller.sees, state.pools))) for state in states]
         return [state for state in states if state.pools]
+
+    async def sweep(self, *, dry_run: bool) -> dict[str, list[Stray] | str]:
+        """Say of every engine what it holds of ours and no live record explains, or why it cannot be asked.
+
+        Unless it is a dry run, the live are adopted and the ended removed, as it happens every few minutes anyway.
+        """
+        look = self._reconciler.strays if dry_run else self._reconciler.sweep
+        found: dict[str, list[Stray] | str] = {}
+        for name in sorted({pool.engine for pool in self.pools.by_name.values()} | self._reconciler.engines().keys()):
+            try:
+                found[name] = await look(name)
+            except (LauncherUnavailable, LaunchRejected) as error:
+                found[name] = str(error)
+        return found
 
     async def keep_asking_engines(self) -> None:
         """Ask engines what they are and can do, again and again, until cancelled."""

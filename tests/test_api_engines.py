@@ -9,9 +9,11 @@ from conftest import Json, Service, finished, launch_body, launched, local_pool,
 from app.api.auth import NOBODY
 from app.engines import Engines
 from app.errors import LaunchRejected
+from app.launcher import LaunchSpec
 from app.launchers.fake import FakeLauncher, FakeWorld
 from app.main import create_app
 from app.pools import Pool
+from app.runner import Phase, Policy, Runner, identity
 from app.settings import Settings
 
 
@@ -101,3 +103,41 @@ async def test_a_launcher_that_is_not_there_is_told(tmp_path: Path) -> None:
     async with app.router.lifespan_context(app):
         (state,) = await until(lambda: [each for each in app.state.service.engine_states(NOBODY) if each.problem])
         assert state.problem == "no launcher for this"
+
+
+async def test_what_an_engine_holds_without_a_record_is_told_and_then_adopted(tmp_path: Path) -> None:
+    """Behind the front door, because a database is not lost by it."""
+    world = FakeWorld()
+    pools = tmp_path / "pools.yaml"
+    pools.write_text("agent_pools: {local: {type: local-process}}")
+    settings = Settings(state_dir=tmp_path / "state", pools_file=pools, auth="off")
+    app = create_app(settings, launchers=lambda _: FakeLauncher(world))
+    async with app.router.lifespan_context(app):
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8080") as client:
+            runner = stray("runner-00000000abcd")
+            world.start(
+                "fake", runner.runner_id, LaunchSpec(command=None, environment={}, context=b"", labels=identity(runner))
+            )
+            world.start("another", "runner-theirs", LaunchSpec(command=None, environment={}, context=b""))
+            for wanted, known in (({"dry_run": "true"}, 404), ({}, 200)):
+                swept = (await client.post("/engines/sweep", params=wanted)).json()
+                (item,) = swept["items"]
+                assert (item["runner_id"], item["fate"], item["engine"]) == (runner.runner_id, "adopt", "local-process")
+                assert swept["problems"] == {}
+                assert (await client.get(f"/runners/{runner.runner_id}")).status_code == known
+            assert (await client.post("/engines/sweep")).json()["items"] == []
+
+
+def stray(runner_id: str) -> Runner:
+    return Runner(
+        runner_id=runner_id,
+        task_id="1",
+        pool_name="local",
+        slot_id="slot-1",
+        engine="local-process",
+        phase=Phase.RUNNING,
+        created_at=0,
+        launch_deadline=0,
+        policy=Policy(),
+    )

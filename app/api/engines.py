@@ -2,13 +2,15 @@
 
 import time
 from datetime import UTC, datetime
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from app.api import plain
 from app.api.answers import Service, Who, problems
 from app.engines import EngineState
-from app.models import EnginePage, EngineRecord
+from app.models import EnginePage, EngineRecord, StrayRecord, SweepReport
+from app.reconciler import Stray
 
 router = APIRouter(prefix="/engines", tags=["engines"])
 
@@ -23,6 +25,38 @@ router = APIRouter(prefix="/engines", tags=["engines"])
 async def page(request: Request, response: Response, service: Service, who: Who) -> EnginePage | Response:
     answer = EnginePage(items=[_record(state) for state in service.engine_states(who)])
     return plain.shown(request, response, answer) or answer
+
+
+@router.post(
+    "/sweep",
+    summary="Look for runners without a record",
+    description=(
+        "What the service does at its start and every few minutes, now: of this installation's own, the live are adopted "
+        "and the ended removed after a grace. With `dry_run` it only says what it would do. Nothing foreign is touched."
+    ),
+    responses=problems(),
+)
+async def sweep(service: Service, *, dry_run: Annotated[bool, Query(description="change nothing")] = False) -> SweepReport:
+    items, wrong = [], {}
+    for engine, found in (await service.sweep(dry_run=dry_run)).items():
+        if isinstance(found, str):
+            wrong[engine] = found
+        else:
+            items += [_stray(engine, stray) for stray in found]
+    return SweepReport(items=items, problems=wrong)
+
+
+def _stray(engine: str, stray: Stray) -> StrayRecord:
+    handle = stray.found.handle
+    return StrayRecord(
+        engine=engine,
+        runner_id=handle.runner_id,
+        container_id=handle.container_id,
+        job_name=handle.job_name,
+        created_at=datetime.fromtimestamp(stray.found.created_at, UTC),
+        fate=stray.fate,
+        why=stray.why,
+    )
 
 
 def _record(state: EngineState) -> EngineRecord:

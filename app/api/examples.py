@@ -27,6 +27,8 @@ from app.models import (
     Readiness,
     RunnerPage,
     RunnerRecord,
+    StrayRecord,
+    SweepReport,
 )
 from app.reason import Reason
 from app.runner import Phase, State
@@ -114,6 +116,20 @@ ANSWERS: tuple[BaseModel, ...] = (
                 details={"version": "Linux 6.8.0 x86_64", "cpu_limits_by": "cgroup2"},
             )
         ]
+    ),
+    SweepReport(
+        items=[
+            StrayRecord(
+                engine="docker:unix:///var/run/docker.sock",
+                runner_id=_ID,
+                container_id="4f2b9c",
+                job_name=None,
+                created_at=_AT,
+                fate="adopt",
+                why="alive, and on no record",
+            )
+        ],
+        problems={"kubernetes:necrocode-agents": "no answer"},
     ),
     DiagnosisRecord(
         runner_id=_ID,
