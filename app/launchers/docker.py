@@ -178,13 +178,18 @@ class DockerLauncher:
         if not creating:
             del self._creating[runner_id]
 
-    async def _begin(self, container_id: str, spec: LaunchSpec) -> Handle:
+    async def _begin(self, container_id: str, spec: LaunchSpec, *, found: bool = False) -> Handle:
         """Give a created container the context, and start it; remove it if it can never start."""
         container = self._docker.containers.container(container_id)
         try:
             async with self._starts:
                 with self._asking("giving the context", refused=Reason.CONFIG_ERROR):
                     await container.put_archive("/", context_archive(spec.context))  # type: ignore[no-untyped-call]
+                if found:  # somebody else may have been quicker, and it may have ended since
+                    with self._asking("looking at the container"):
+                        about = await container.show()
+                    if _status(about) != "created":
+                        return await self._handle(about)
                 with self._asking("starting the container", refused=Reason.LAUNCH_REJECTED):
                     await container.start()
         except LaunchRejected:
@@ -199,7 +204,7 @@ class DockerLauncher:
         deadline = time.monotonic() + FENCE_SECONDS
         while found["State"]["Status"] == "created":
             if time.monotonic() > deadline:
-                return await self._begin(found["Id"], spec)
+                return await self._begin(found["Id"], spec, found=True)
             await asyncio.sleep(FENCE_SECONDS / 20)
             with self._asking("looking at the container"):
                 found = await self._docker.containers.container(found["Id"]).show()
