@@ -425,7 +425,9 @@ class Reconciler:
     async def _launch_failed(self, runner: Runner, error: LauncherUnavailable) -> Runner | None:
         longest = min(BACKOFF_SECONDS[1], runner.policy.retry_base_seconds * 2 ** min(len(runner.attempts), 30))
         delay = error.retry_after or random.uniform(0, longest)  # noqa: S311 - full jitter
-        failed = call_failed(runner, str(error), acted=error.acted, delay=delay, now=self._now(), reason=error.reason)
+        # A service before this one may have begun this very call: that nothing was done now says nothing of then.
+        acted = error.acted or runner.created_at < self._since
+        failed = call_failed(runner, str(error), acted=acted, delay=delay, now=self._now(), reason=error.reason)
         return await self._write(runner, failed, "attempt_failed", attempt=asdict(failed.attempts[-1]))
 
     async def _admit(self, runner: Runner) -> bool:

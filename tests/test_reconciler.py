@@ -1145,6 +1145,22 @@ async def test_a_crash_at_any_instant_of_a_launch_neither_loses_nor_doubles_it(h
 
 
 @simulated
+async def test_a_launch_cut_short_is_not_called_failed_because_its_engine_is_away_after_the_crash(house: House) -> None:
+    house.world.hang_launches(acts=True)
+    name = await house.launch()
+    assert house.world.copies[name] == 1
+    house.cut_off()
+    await house.restart(after=1)
+    await house.advance(60)
+    assert (await house.get(name)).state is State.PENDING
+    house.world.down = None
+    house.world.wake()
+    await house.advance(60)
+    runner = await house.get(name)
+    assert (runner.state, house.world.copies[name]) == (State.RUNNING, 1)
+
+
+@simulated
 async def test_a_launch_cut_short_is_not_called_failed_because_its_engine_cannot_be_opened_any_more(house: House) -> None:
     def no_library(_: FakeWorld) -> FakeLauncher:
         raise LaunchRejected("docker pools need the library aiodocker", Reason.CONFIG_ERROR)
