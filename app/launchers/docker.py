@@ -12,11 +12,11 @@ import json
 import os
 import ssl
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 from aiodocker import Docker
@@ -47,7 +47,7 @@ CONNECT_SECONDS = 5.0
 IDLE_SECONDS = 60.0
 """After so much silence a stream is opened anew: a dead connection looks like an engine with nothing to say."""
 
-FENCE_SECONDS = 2.0
+FENCE_SECONDS = 5.0
 """How long a container made by somebody else must stay unstarted before it is started here: by then an order to start it
 from a service that has died is either carried out or nowhere any more."""
 
@@ -65,6 +65,7 @@ _ENDED = ("exited", "dead")
 _NO_LOG = (_NOT_FOUND, _CONFLICT)  # gone, or going
 
 Json = Mapping[str, Any]
+T = TypeVar("T")
 Tell = Callable[[str], None]
 
 
@@ -101,7 +102,7 @@ class DockerLauncher:
         self._ends: dict[str, _End] = {}
         self._oomed: set[str] = set()
         self._asked: set[str] = set()
-        self._creating: dict[str, set[asyncio.Task[Any]]] = {}
+        self._orders: dict[str, set[asyncio.Task[Any]]] = {}
         self._pulls: dict[tuple[str, str | None], _Pull] = {}
         self._digests: dict[str, str] = {}
         self._starts = asyncio.Semaphore(STARTS)
@@ -111,6 +112,7 @@ class DockerLauncher:
     # Launch.
 
     async def launch(self, runner_id: str, spec: LaunchSpec, *, progress: Tell | None = None) -> Handle:
+        await self._orders_done(runner_id)
         engine = await self._engine()
         owner = await asyncio.to_thread(self._look_at_slot, spec)
         config = container_config(runner_id, spec, installation=self._installation, owner=owner, engine=engine)
@@ -118,13 +120,13 @@ class DockerLauncher:
         policy = spec.options.get("pull_policy")
         if policy == "always":
             if found := await self._find(runner_id):
-                return await self._settle(found, spec)
+                return await self._settle(runner_id, found, spec)
             await self._pull(spec, progress)
         try:
             container_id = await self._create(runner_id, config)
         except DockerError as refusal:
             if found := await self._find(runner_id):
-                return await self._settle(found, spec)
+                return await self._settle(runner_id, found, spec)
             if refusal.status == _CONFLICT:
                 raise LauncherUnavailable(f"{NAME}{runner_id} was there, and is gone again", acted=False) from refusal
             if not _no_such_image(refusal):
@@ -136,7 +138,7 @@ class DockerLauncher:
                 container_id = await self._create(runner_id, config)
             except DockerError as again:
                 raise LauncherUnavailable(f"after the pull: {again.message}") from again
-        return await self._begin(container_id, spec)
+        return await self._begin(runner_id, container_id, spec)
 
     def _look_at_slot(self, spec: LaunchSpec) -> tuple[int, int] | None:
         """Tell who owns the slot, if the engine is on this machine. Raises LaunchRejected. Blocks."""
@@ -159,26 +161,34 @@ class DockerLauncher:
                     await (await self._docker.volumes.get(name)).show()  # type: ignore[no-untyped-call]
 
     async def _create(self, runner_id: str, config: Json) -> str:
-        """Create the container; lets DockerError 404 and 409 through.
-
-        The call is finished also when nobody waits for it any more, so that ``remove`` can wait for what it makes.
-        """
-        create = asyncio.create_task(self._docker.containers.create(dict(config), name=NAME + runner_id))
-        self._creating.setdefault(runner_id, set()).add(create)
-        create.add_done_callback(lambda _: self._created(runner_id, create))
+        """Create the container; lets DockerError 404 and 409 through."""
+        create = self._docker.containers.create(dict(config), name=NAME + runner_id)
         with self._asking(f"creating {NAME}{runner_id}", passes=(_NOT_FOUND, _CONFLICT), refused=Reason.CONFIG_ERROR):
-            container = await asyncio.shield(create)
-        return str(container.id)
+            return str((await self._to_its_end(runner_id, create)).id)
 
-    def _created(self, runner_id: str, create: asyncio.Task[Any]) -> None:
-        if not create.cancelled():
-            create.exception()  # told to whoever waits, if anybody does
-        creating = self._creating[runner_id]
-        creating.discard(create)
-        if not creating:
-            del self._creating[runner_id]
+    async def _to_its_end(self, runner_id: str, call: Coroutine[Any, Any, T]) -> T:
+        """Make a call whole, also when nobody waits for it any more: the engine has it, and nothing calls it back.
 
-    async def _begin(self, container_id: str, spec: LaunchSpec, *, found: bool = False) -> Handle:
+        Whoever launches or removes this runner next waits for it first.
+        """
+        order = asyncio.create_task(call)
+        self._orders.setdefault(runner_id, set()).add(order)
+        order.add_done_callback(lambda _: self._ordered(runner_id, order))
+        return await asyncio.shield(order)
+
+    def _ordered(self, runner_id: str, order: asyncio.Task[Any]) -> None:
+        if not order.cancelled():
+            order.exception()  # told to whoever waits, if anybody does
+        orders = self._orders[runner_id]
+        orders.discard(order)
+        if not orders:
+            del self._orders[runner_id]
+
+    async def _orders_done(self, runner_id: str) -> None:
+        while orders := self._orders.get(runner_id):
+            await asyncio.wait(orders)
+
+    async def _begin(self, runner_id: str, container_id: str, spec: LaunchSpec, *, found: bool = False) -> Handle:
         """Give a created container the context, and start it; remove it if it can never start."""
         container = self._docker.containers.container(container_id)
         try:
@@ -191,7 +201,7 @@ class DockerLauncher:
                     if _status(about) != "created":
                         return await self._handle(about)
                 with self._asking("starting the container", refused=Reason.LAUNCH_REJECTED):
-                    await container.start()
+                    await self._to_its_end(runner_id, container.start())
         except LaunchRejected:
             await self._delete(container_id)
             raise
@@ -199,12 +209,12 @@ class DockerLauncher:
             about = await container.show()
         return await self._handle(about)
 
-    async def _settle(self, found: Json, spec: LaunchSpec) -> Handle:
+    async def _settle(self, runner_id: str, found: Json, spec: LaunchSpec) -> Handle:
         """Give the container that is there; start it if whoever made it never did."""
         deadline = time.monotonic() + FENCE_SECONDS
         while found["State"]["Status"] == "created":
             if time.monotonic() > deadline:
-                return await self._begin(found["Id"], spec, found=True)
+                return await self._begin(runner_id, found["Id"], spec, found=True)
             await asyncio.sleep(FENCE_SECONDS / 20)
             with self._asking("looking at the container"):
                 found = await self._docker.containers.container(found["Id"]).show()
@@ -368,8 +378,7 @@ class DockerLauncher:
                 await self._delete(found["Id"])
 
     async def remove(self, handle: Handle) -> None:
-        while creating := self._creating.get(handle.runner_id):
-            await asyncio.wait(creating)
+        await self._orders_done(handle.runner_id)
         if container_id := await self._container_id(handle):
             await self._delete(container_id)
             self._forget(container_id)
