@@ -197,7 +197,11 @@ class Spool:
                 yield line.text + b"\n"
         except RunnerGone:  # its engine was told to forget it, when its log was safe
             kept = self.file(handle.runner_id)
-            if await asyncio.to_thread(kept.path.exists) and (tail is None or not given):
+            if not await asyncio.to_thread(kept.path.exists):
+                return
+            if given and (tail is not None or given > (await asyncio.to_thread(kept.path.stat)).st_size):
+                yield b"[the rest is in the log that was kept: read it again]\n"
+            else:
                 start = given if tail is None else await asyncio.to_thread(kept.tail, tail)
                 async for _, data in kept.chunks(start):
                     yield data

@@ -14,6 +14,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     JsonValue,
     TypeAdapter,
@@ -118,7 +119,7 @@ class Task(BaseModel):
     id: Identifier
     title: Text = ""
     description: Text = ""
-    dependencies: list[Identifier] = []
+    dependencies: Annotated[list[Identifier], FailFast()] = []  # a fault for each entry could fill the memory
     required_skill: Identifier | None = None
     reserved_branch: Identifier | None = None
     metadata: Metadata = {}

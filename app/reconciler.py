@@ -71,6 +71,7 @@ class _Engine:
     opened_at: float
     answered_at: float | None = None
     away: bool = False
+    sweeping: asyncio.Lock = field(default_factory=asyncio.Lock)
     loops: tuple[asyncio.Task[None], ...] = ()
     launches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(LAUNCHES))
 
@@ -109,7 +110,7 @@ class Reconciler:
         self._failures: dict[str, int] = {}
         self._opening = asyncio.Lock()
         self._swept = asyncio.Event()
-        self._sweeping = asyncio.Lock()
+        self._cut_short: set[str] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._working: set[asyncio.Task[None]] = set()
         feed.listen(self._changed)
@@ -260,8 +261,9 @@ class Reconciler:
 
         Gives what was found. Raises LauncherUnavailable, LaunchRejected.
         """
-        async with self._sweeping:
-            return await self._settle(name, await self.launcher(name))
+        engine = await self._engine(name)
+        async with engine.sweeping:
+            return await self._settle(name, engine.launcher)
 
     async def _settle(self, name: str, launcher: Launcher) -> list[Stray]:
         strays = await self.strays(name)
@@ -373,6 +375,7 @@ class Reconciler:
             call = asyncio.create_task(_launch_in_turn(engine, runner.runner_id, spec, told.put_nowait))
             latest = await self._until_answered(runner, watch, call, told)
             if latest is None or call.cancelled():
+                self._cut_short.add(runner.runner_id)
                 return None
             handle = call.result()
         except LaunchRejected as error:
@@ -425,10 +428,14 @@ class Reconciler:
     async def _launch_failed(self, runner: Runner, error: LauncherUnavailable) -> Runner | None:
         longest = min(BACKOFF_SECONDS[1], runner.policy.retry_base_seconds * 2 ** min(len(runner.attempts), 30))
         delay = error.retry_after or random.uniform(0, longest)  # noqa: S311 - full jitter
-        # A service before this one may have begun this very call: that nothing was done now says nothing of then.
-        acted = error.acted or runner.created_at < self._since
+        # A service before this one may have begun this very call, or we did and called it off: that nothing was done now
+        # says nothing of then.
+        acted = error.acted or runner.created_at < self._since or runner.runner_id in self._cut_short
         failed = call_failed(runner, str(error), acted=acted, delay=delay, now=self._now(), reason=error.reason)
-        return await self._write(runner, failed, "attempt_failed", attempt=asdict(failed.attempts[-1]))
+        written = await self._write(runner, failed, "attempt_failed", attempt=asdict(failed.attempts[-1]))
+        if written is None and acted:
+            self._cut_short.add(runner.runner_id)
+        return written
 
     async def _admit(self, runner: Runner) -> bool:
         pool = self._pools().get(runner.pool_name)
@@ -450,6 +457,7 @@ class Reconciler:
                     await self._spool.keep(launcher, _handle(runner))
                 await launcher.remove(_handle(runner))
         await self._store.forget_spec(runner.runner_id)
+        self._cut_short.discard(runner.runner_id)
 
 
 async def _launch_in_turn(engine: _Engine, runner_id: str, spec: LaunchSpec, progress: Callable[[str], None]) -> Handle:

@@ -19,6 +19,9 @@ ALWAYS = frozenset({"RUNNER_TOKEN"})
 _SECRET = re.compile(r"token|secret|passw|credential|api_?key|access_?key|private_?key|auth$|_key$", re.IGNORECASE)
 
 
+_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+
+
 def redacted(spec: LaunchSpec, hidden: Collection[str]) -> LaunchSpec:
     """Give a specification that may be shown; ``hidden`` are variables whose values are secret whatever they are called.
 
@@ -26,7 +29,7 @@ def redacted(spec: LaunchSpec, hidden: Collection[str]) -> LaunchSpec:
     """
     context = f"(the task context, {len(spec.context)} bytes)"
     environment = {
-        name: HIDDEN if name in ALWAYS or name in hidden or _SECRET.search(name) else value
+        name: HIDDEN if name in ALWAYS or name in hidden or _is_secret(name, value) else value
         for name, value in spec.environment.items()
     }
     if "TASK_CONTEXT" in environment:
@@ -39,9 +42,13 @@ def without_secrets(rendered: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     return {key: _shown(key, item) for key, item in rendered.items()}
 
 
+def _is_secret(name: str, value: str) -> bool:
+    return bool(_SECRET.search(name) or _WITH_PASSWORD.search(value))
+
+
 def _shown(key: str, value: JsonValue) -> JsonValue:
     match value:
-        case str() if _SECRET.search(key):
+        case str() if _is_secret(key, value):
             return HIDDEN
         case dict():
             name = value.get("name")

@@ -25,7 +25,6 @@ from app.engines import Engines, EngineState
 from app.errors import (
     Fault,
     InvalidRequest,
-    LauncherError,
     LauncherUnavailable,
     LaunchRejected,
     NotAuthenticated,
@@ -56,6 +55,7 @@ NO_RUNNER = "runner-000000000000"
 NEWS_SECONDS = 60.0
 LAST_LINES = 20
 LAST_BYTES = 65_536
+LAST_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,17 +157,17 @@ class RunnerService:
             raise InvalidRequest(f"{pool.engine}: {error}", code="launch-rejected") from error
         return Preview(
             pool=pool,
-            refusal=await self._refusal(runner, pool),
+            refusal=await self._refusal(runner, pool, caller),
             rendered=None if rendered is None else without_secrets(rendered),
             context=json.loads(spec.context),
         )
 
-    async def _refusal(self, runner: Runner, pool: Pool) -> str | None:
+    async def _refusal(self, runner: Runner, pool: Pool, caller: Caller) -> str | None:
         """Say why a runner could not start now."""
         try:
             await self._store.check_slot(runner)
         except SlotBusy as error:
-            return str(error)
+            return str(error) if caller.sees(error.holder.pool_name) else "the slot is held by a runner of another pool"
         return pool.refusal((await self._store.usage()).get(pool.name, Usage()))
 
     async def _pool_of(self, request: LaunchRequest, caller: Caller) -> Pool:
@@ -330,10 +330,13 @@ class RunnerService:
     async def _last_lines(self, runner: Runner) -> list[str]:
         last = b""
         try:
-            async for data in await self.logs(runner, tail=LAST_LINES, follow=False):
-                last = (last + data)[-LAST_BYTES:]
-        except (LauncherError, Unavailable) as error:
+            async with asyncio.timeout(LAST_SECONDS):
+                async for data in await self.logs(runner, tail=LAST_LINES, follow=False):
+                    last = (last + data)[-LAST_BYTES:]
+        except Unavailable as error:
             return [f"(the log cannot be read now: {error})"]
+        except TimeoutError:
+            return [f"(the log cannot be read now: no answer for {LAST_SECONDS:g} s)"]
         return last.decode(errors="replace").splitlines()[-LAST_LINES:]
 
     def heard(self, runner: Runner) -> tuple[float | None, bool]:
@@ -363,7 +366,6 @@ class RunnerService:
                 runner = await self._news(watch, NEWS_SECONDS) or runner
             if not runner.accepted:
                 return
-            launcher = await self._reconciler.launcher(runner.engine)
             handle = runner.handle or Handle(runner_id=runner.runner_id)
 
             def more() -> bool:
@@ -373,10 +375,11 @@ class RunnerService:
             live = follow and runner.phase is not Phase.FINISHED
             begun = follow
             try:
+                launcher = await self._reconciler.launcher(runner.engine)
                 async for data in self._spool.output(launcher, handle, tail=tail, follow=more if live else None):
                     begun = True
                     yield data
-            except LauncherUnavailable as error:
+            except (LauncherUnavailable, LaunchRejected) as error:
                 if not begun:
                     raise Unavailable(f"the log is not at hand: {error}", code="engine-unavailable") from error
                 yield f"[the log breaks off here: {error}]\n".encode()

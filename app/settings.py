@@ -133,7 +133,9 @@ def installation(settings: Settings) -> str:
         fresh.touch(mode=0o600)
         fresh.write_text(f"{secrets.token_hex(6)}\n")
         fresh.rename(path)
-    return path.read_text().strip()
+    if name := path.read_text().strip():
+        return name
+    raise ConfigurationError(f"{path} is empty; it held the name that this installation's runners bear on their engines")
 
 
 def load_settings() -> Settings:

@@ -350,7 +350,7 @@ def _short(value: object) -> str:
         case bool():
             return "yes" if value else "no"
         case dict():
-            return " ".join(f"{key}={_short(each)}" for key, each in _flat(value) if each is not None)
+            return " ".join(f"{_clean(key)}={_short(each)}" for key, each in _flat(value) if each is not None)
         case list():
             return ", ".join(map(_short, value))
         case _:

@@ -71,11 +71,18 @@ def load_tokens(path: Path) -> tuple[Token, ...]:
         entries = _entries.validate_python(yaml.safe_load(path.read_bytes()) or [])
     except OSError as error:
         raise ConfigurationError(f"RUNNER_LAUNCHER_TOKENS_FILE: {path}: {error.strerror}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigurationError(f"{path}: not YAML") from error  # whose text may hold a token written there by mistake
     except ValidationError as error:
         lines = [f"{path}: {'.'.join(map(str, each['loc'])) or 'the file'}: {each['msg']}" for each in error.errors()]
         raise ConfigurationError("\n".join(lines)) from error
+    except (
+        yaml.YAMLError,
+        RecursionError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+    ) as error:  # a 30th of February
+        raise ConfigurationError(f"{path}: not YAML") from error  # whose text may hold a token written there by mistake
     return tuple(
         Token(
             Caller(entry.name, entry.scopes, entry.pools),

@@ -50,10 +50,13 @@ def next_cursor(place: int) -> str:
 def place_of(cursor: str) -> int:
     """Read a place in a list. Raises InvalidRequest."""
     try:
-        return int(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+        place = int(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
     except ValueError:
+        place = -1
+    if not 0 <= place <= 2**62:
         text = "this cursor was not given by this service"
-        raise InvalidRequest(text, Fault("/query/cursor", text)) from None
+        raise InvalidRequest(text, Fault("/query/cursor", text))
+    return place
 
 
 def next_link(request: Request, cursor: str) -> str:

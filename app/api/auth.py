@@ -26,8 +26,9 @@ NOBODY = Caller("anonymous")
 def admin_token(state_dir: Path) -> str:
     """Read the token with all rights, made at first start with access for this user alone. Raises ConfigurationError."""
     path = state_dir / "token"
+    fresh = state_dir / f"token.{os.getpid()}"
+    fresh.unlink(missing_ok=True)  # left by a start that was killed
     with contextlib.suppress(FileExistsError):
-        fresh = state_dir / f"token.{os.getpid()}"
         with os.fdopen(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
             file.write(secrets.token_urlsafe(32) + "\n")
         try:
@@ -74,8 +75,17 @@ class Authenticator:
                 self._tokens = await asyncio.to_thread(load_tokens, path)
             except ConfigurationError as error:
                 log.error("the tokens stay as they were: %s", error)  # noqa: TRY400 - it says all there is
+            except Exception:  # no defect may end revocation
+                log.exception("reading the tokens failed; they stay as they were")
             else:
                 log.info("the tokens were read again: %d", len(self._tokens))
+
+    def still(self, header: str | None, caller: Caller) -> bool:
+        """Say whether a header stands for the same caller as before."""
+        try:
+            return self.caller(header) == caller
+        except NotAuthenticated:
+            return False
 
     def caller(self, header: str | None) -> Caller:
         """Say who sends this Authorization header. Raises NotAuthenticated."""

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 from app.api import plain
 from app.api.answers import Service, Who, problems
 from app.engines import EngineState
+from app.errors import NotPermitted
 from app.models import EnginePage, EngineRecord, StrayRecord, SweepReport
 from app.reconciler import Stray
 
@@ -36,7 +37,11 @@ async def page(request: Request, response: Response, service: Service, who: Who)
     ),
     responses=problems(),
 )
-async def sweep(service: Service, *, dry_run: Annotated[bool, Query(description="change nothing")] = False) -> SweepReport:
+async def sweep(
+    service: Service, who: Who, *, dry_run: Annotated[bool, Query(description="change nothing")] = False
+) -> SweepReport:
+    if who.pools is not None:
+        raise NotPermitted(f"the token of {who.name} is for some pools, and a sweep is of all", code="pool-not-permitted")
     items, wrong = [], {}
     for engine, found in (await service.sweep(dry_run=dry_run)).items():
         if isinstance(found, str):

@@ -93,7 +93,8 @@ def one_line(words: str) -> str:
 
 
 def _flat(values: Mapping[str, object], before: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
+    for key, value in values.items():
+        name = one_line(key)
         match value:
             case None | "":
                 pass

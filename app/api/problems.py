@@ -57,6 +57,7 @@ LAUNCH_STATUS = {
 PLAIN_CODES = {HTTPStatus.BAD_REQUEST: "unparsable", HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "too-large"}
 """What the framework's refusals are called; others by their phrase, which must not change with the Python version."""
 
+OTHERS_SLOT = "the slot is held by a runner of another pool"
 RETRY_SECONDS = (1, 5)
 
 _BRACES = re.compile(r"\{\w+\}")
@@ -74,10 +75,13 @@ def answer(request: Request, error: RequestRefused) -> Response:
     """Tell a refusal, with the record it is about where there is one."""
     status = next(status for kind, status in STATUS.items() if isinstance(error, kind))
     headers: dict[str, str] = {}
-    runner = None
-    if isinstance(error, SlotBusy) and caller_of(request).sees(error.holder.pool_name):
-        runner = record(request, error.holder)
-        headers["Location"] = runner.links.self
+    runner, detail = None, str(error)
+    if isinstance(error, SlotBusy):
+        if caller_of(request).sees(error.holder.pool_name):
+            runner = record(request, error.holder)
+            headers["Location"] = runner.links.self
+        else:
+            detail = OTHERS_SLOT
     if isinstance(error, NotAuthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, PoolFull | Unavailable):
@@ -86,7 +90,7 @@ def answer(request: Request, error: RequestRefused) -> Response:
         request,
         status,
         error.code,
-        str(error),
+        detail,
         retryable=error.retryable,
         faults=error.faults,
         runner=runner,

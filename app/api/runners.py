@@ -130,7 +130,7 @@ async def page(
     pool: str | None = None,
     task_id: str | None = None,
     slot_id: str | None = None,
-    label: Annotated[list[Label], Query(description="`key=value`; repeated: all of them")] = [],  # noqa: B006 - FastAPI copies it
+    label: Annotated[list[Label], Query(max_length=32, description="`key=value`; repeated: all of them")] = [],  # noqa: B006 - FastAPI copies it
     since: Annotated[Moment | None, Query(description="created at or after")] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
     cursor: str | None = None,

@@ -14,6 +14,7 @@ from typing_extensions import override
 from app.launcher import LogLine
 
 SLACK_SECONDS = 1
+MOST_SILENT = 1000
 LONGEST_LINE = 256 * 1024
 GAP = b"[older output was dropped: the log is capped]"
 MAYBE_GAP = b"[older output may have been dropped: the log is capped]"
@@ -122,7 +123,7 @@ class Lines:
             return
         elif at.time > self.after.time:
             self._silent.append(line)
-            if at.stream == self.after.stream:
+            if at.stream == self.after.stream or len(self._silent) > MOST_SILENT:
                 yield from self._gap()
 
     def _pass(self, at: Cursor) -> bool:

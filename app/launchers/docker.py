@@ -114,9 +114,14 @@ class DockerLauncher:
     async def launch(self, runner_id: str, spec: LaunchSpec, *, progress: Tell | None = None) -> Handle:
         await self._orders_done(runner_id)
         engine = await self._engine()
-        owner = await asyncio.to_thread(self._look_at_slot, spec)
-        config = container_config(runner_id, spec, installation=self._installation, owner=owner, engine=engine)
-        await self._check_volumes(spec)
+        try:
+            owner = await asyncio.to_thread(self._look_at_slot, spec)
+            config = container_config(runner_id, spec, installation=self._installation, owner=owner, engine=engine)
+            await self._check_volumes(spec)
+        except LaunchRejected:
+            if found := await self._find(runner_id):  # launched while all that was still there
+                return await self._settle(runner_id, found, spec)
+            raise
         policy = spec.options.get("pull_policy")
         if policy == "always":
             if found := await self._find(runner_id):
@@ -146,6 +151,8 @@ class DockerLauncher:
             return None
         if self._socket.resolve().is_relative_to(Path(spec.working_dir).resolve()):
             raise LaunchRejected(f"{spec.working_dir} holds the engine's own socket", Reason.CONFIG_ERROR)
+        if str(Path(spec.working_dir).resolve()) != spec.working_dir:
+            raise LaunchRejected(f"{spec.working_dir} leads elsewhere than when it was checked", Reason.CONFIG_ERROR)
         try:
             slot = os.stat(spec.working_dir)  # noqa: PTH116 - one call, for two facts
         except OSError as error:
@@ -193,21 +200,22 @@ class DockerLauncher:
         container = self._docker.containers.container(container_id)
         try:
             async with self._starts:
+                with self._asking("looking at the container"):
+                    about = await container.show()  # now: while it starts, the engine answers nothing of it
+                handle = await self._handle(about)
                 with self._asking("giving the context", refused=Reason.CONFIG_ERROR):
                     await container.put_archive("/", context_archive(spec.context))  # type: ignore[no-untyped-call]
                 if found:  # somebody else may have been quicker, and it may have ended since
                     with self._asking("looking at the container"):
                         about = await container.show()
                     if _status(about) != "created":
-                        return await self._handle(about)
+                        return handle
                 with self._asking("starting the container", refused=Reason.LAUNCH_REJECTED):
                     await self._to_its_end(runner_id, container.start())
         except LaunchRejected:
             await self._delete(container_id)
             raise
-        with self._asking("looking at the container"):
-            about = await container.show()
-        return await self._handle(about)
+        return handle
 
     async def _settle(self, runner_id: str, found: Json, spec: LaunchSpec) -> Handle:
         """Give the container that is there; start it if whoever made it never did."""
@@ -279,11 +287,11 @@ class DockerLauncher:
 
     async def observe(self, handles: Sequence[Handle]) -> Mapping[str, Observation]:
         if len(handles) <= FEW:
-            found = {handle.runner_id: await self._find_ours(handle.runner_id) for handle in handles}
+            found = {handle.runner_id: await self._find_handle(handle) for handle in handles}
             return await self._observations({runner_id: about for runner_id, about in found.items() if about}, handles)
         listed = {entry["Labels"][RUNNER_ID]: entry for entry in await self._list()}
-        asked = {handle.runner_id: listed[handle.runner_id] for handle in handles if handle.runner_id in listed}
-        return await self._observations(asked, handles)
+        asked = {handle.runner_id: listed.get(handle.runner_id) or await self._find_handle(handle) for handle in handles}
+        return await self._observations({runner_id: about for runner_id, about in asked.items() if about}, handles)
 
     async def _observations(self, found: Mapping[str, Json], handles: Sequence[Handle]) -> Mapping[str, Observation]:
         """Read containers, listed or looked at; what is not among them is gone. One just being removed is left out."""
@@ -298,7 +306,13 @@ class DockerLauncher:
                 case "removing":
                     pass
                 case ended if ended in _ENDED and about:
-                    if end := await self._end(about):
+                    try:
+                        end = await self._end(about)
+                    except LauncherUnavailable:
+                        if len(handles) == 1:
+                            raise
+                        continue  # nothing can be said of this one now
+                    if end:
                         seen[handle.runner_id] = end.exited
                 case _:
                     seen[handle.runner_id] = Running()
@@ -310,14 +324,16 @@ class DockerLauncher:
         if known := self._ends.get(container_id):
             return known
         if isinstance(about["State"], str):  # listed, which tells little
-            looked = await self._find_ours(about["Labels"][RUNNER_ID])
+            looked = await self._show(container_id)
             if looked is None or _status(looked) not in _ENDED:
                 return None
             about = looked
         try:
             lines, cut = await self._small_log(about)
         except RunnerGone:
-            return None
+            if _status(about) != "dead":
+                return None
+            lines, cut = (), True  # its removal failed, and the engine gives no log of it any more
         last = lines[-1].text if lines else b""
         end = exit_of(about["State"], last_line=last, oom_event=container_id in self._oomed, log_truncated=cut)
         known = self._ends[container_id] = _End(Exited(end), lines)
@@ -345,9 +361,7 @@ class DockerLauncher:
                     live = {name for name, lives in listed.items() if lives}
                     async for line in response.content:
                         event = json.loads(line)
-                        if event["timeNano"] <= last:
-                            continue
-                        last, actor = event["timeNano"], event["Actor"]
+                        last, actor = max(last, event["timeNano"]), event["Actor"]  # they come a little out of order
                         if event["Action"] == "oom":
                             self._oomed.add(actor["ID"])
                             continue
@@ -412,7 +426,7 @@ class DockerLauncher:
     # Logs.
 
     async def logs(self, handle: Handle, *, after: str | None = None, follow: bool = False) -> AsyncIterator[LogLine]:
-        found = await self._find_ours(handle.runner_id)
+        found = await self._find_handle(handle)
         if found is None:
             raise RunnerGone(f"{self._host} has no container for {handle.runner_id}")
         container_id, ended = found["Id"], _status(found) in _ENDED
@@ -444,8 +458,10 @@ class DockerLauncher:
                 return
             cursor = lines.at or cursor
             with suppress(LauncherUnavailable):
-                found = await self._find_ours(handle.runner_id)
+                found = await self._find_handle(handle)
                 if found is None:
+                    for line in lines.end():
+                        yield line
                     raise RunnerGone(f"{self._host} has no container for {handle.runner_id} any more")
                 ended = _status(found) in _ENDED
             if not ended:
@@ -557,7 +573,9 @@ class DockerLauncher:
         filters = json.dumps({"label": [f"{INSTALLATION}={self._installation}"]})
         with self._asking("listing the containers"):
             containers = await self._docker.containers.list(all=True, filters=filters)
-        return [container._container for container in containers if RUNNER_ID in container["Labels"]]  # noqa: SLF001
+        found = [container._container for container in containers]  # noqa: SLF001
+        # An image made of one of our containers bears our labels, and so does all that is made of it.
+        return [each for each in found if f"/{NAME}{each['Labels'].get(RUNNER_ID)}" in each["Names"]]
 
     async def _find(self, runner_id: str) -> Json | None:
         """Look at a runner's container. Raises LaunchRejected if its name is taken by one that is not ours."""
@@ -565,6 +583,10 @@ class DockerLauncher:
         if about and runner_id_of(about["Config"]["Labels"], self._installation) != runner_id:
             raise LaunchRejected(f"the name {NAME}{runner_id} is taken by a container that is not ours", Reason.CONFIG_ERROR)
         return about
+
+    async def _find_handle(self, handle: Handle) -> Json | None:
+        """Look at a runner's container; one that is on record by its id is ours, whatever it is called by now."""
+        return await (self._show(handle.container_id) if handle.container_id else self._find_ours(handle.runner_id))
 
     async def _find_ours(self, runner_id: str) -> Json | None:
         try:
@@ -657,6 +679,8 @@ class DockerLauncher:
             if "client version" in error.message and self._clients:  # the engine was exchanged for another
                 self._clients[0].api_version = "auto"
                 raise LauncherUnavailable(text, acted=False) from error
+            if error.status == _NOT_FOUND and "no such container" in error.message.lower():  # pruned by somebody
+                raise LauncherUnavailable(text, acted=acted) from error
             if refused and error.status < _BROKEN and error.status != _TOO_MANY:
                 raise LaunchRejected(error.message, refused) from error
             if refused and _never_works(error.message):

@@ -75,7 +75,7 @@ async def auth_header(image: str, registry_auth: str | None, environ: Mapping[st
     else:
         home = environ.get("DOCKER_CONFIG") or os.path.join(environ.get("HOME", "/nonexistent"), ".docker")  # noqa: PTH118
         path = Path(home) / "config.json"
-        found = await _from_file(path, registry) if await asyncio.to_thread(path.is_file) else None
+        found = await _from_file(path, registry) if await asyncio.to_thread(os.path.isfile, path) else None
     return base64.urlsafe_b64encode(json.dumps(found).encode()).decode() if found else None
 
 
