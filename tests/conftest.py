@@ -33,6 +33,9 @@ from app.settings import Settings
 pytest_plugins = ["docker_engine"]
 pytest.register_assert_rewrite("launcher_contract")
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background deaf to these two,
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and what we start would inherit that
+
 Json = dict[str, Any]
 T = TypeVar("T")
 
