@@ -599,7 +599,8 @@ async def test_who_follows_a_log_misses_and_repeats_nothing_when_the_stream_brea
             cuts += await proxy.cut(r"GET /containers/\w+/logs\?.*follow=1")
         text = (await following).text
         assert cuts > 1
-        lines = text.splitlines()
+        *lines, ending = text.splitlines()
+        assert ending == f"[{runner['runner_id']} completed]"
         assert [line for line in lines if not line.startswith("err")] == [*map(str, range(1, 401)), "last"]
         assert [line for line in lines if line.startswith("err")] == [f"err {number}" for number in range(3, 401, 3)]
         await finished(client, runner, SECONDS)
