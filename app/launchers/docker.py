@@ -112,7 +112,7 @@ class DockerLauncher:
     # Launch.
 
     async def launch(self, runner_id: str, spec: LaunchSpec, *, progress: Tell | None = None) -> Handle:
-        await self._orders_done(runner_id)
+        await self._orders_done(runner_id, "create", "start")
         engine = await self._engine()
         try:
             owner = await asyncio.to_thread(self._look_at_slot, spec)
@@ -171,14 +171,14 @@ class DockerLauncher:
         """Create the container; lets DockerError 404 and 409 through."""
         create = self._docker.containers.create(dict(config), name=NAME + runner_id)
         with self._asking(f"creating {NAME}{runner_id}", passes=(_NOT_FOUND, _CONFLICT), refused=Reason.CONFIG_ERROR):
-            return str((await self._to_its_end(runner_id, create)).id)
+            return str((await self._to_its_end(runner_id, create, "create")).id)
 
-    async def _to_its_end(self, runner_id: str, call: Coroutine[Any, Any, T]) -> T:
+    async def _to_its_end(self, runner_id: str, call: Coroutine[Any, Any, T], name: str) -> T:
         """Make a call whole, also when nobody waits for it any more: the engine has it, and nothing calls it back.
 
-        Whoever launches or removes this runner next waits for it first.
+        Who launches this runner next waits for it first; who removes it, for a create: there is no container to start later.
         """
-        order = asyncio.create_task(call)
+        order = asyncio.create_task(call, name=name)
         self._orders.setdefault(runner_id, set()).add(order)
         order.add_done_callback(lambda _: self._ordered(runner_id, order))
         return await asyncio.shield(order)
@@ -191,8 +191,8 @@ class DockerLauncher:
         if not orders:
             del self._orders[runner_id]
 
-    async def _orders_done(self, runner_id: str) -> None:
-        while orders := self._orders.get(runner_id):
+    async def _orders_done(self, runner_id: str, *names: str) -> None:
+        while orders := [order for order in self._orders.get(runner_id, ()) if order.get_name() in names]:
             await asyncio.wait(orders)
 
     async def _begin(self, runner_id: str, container_id: str, spec: LaunchSpec, *, found: bool = False) -> Handle:
@@ -211,7 +211,7 @@ class DockerLauncher:
                     if _status(about) != "created":
                         return handle
                 with self._asking("starting the container", refused=Reason.LAUNCH_REJECTED):
-                    await self._to_its_end(runner_id, container.start())
+                    await self._to_its_end(runner_id, container.start(), "start")
         except LaunchRejected:
             await self._delete(container_id)
             raise
@@ -392,7 +392,7 @@ class DockerLauncher:
                 await self._delete(found["Id"])
 
     async def remove(self, handle: Handle) -> None:
-        await self._orders_done(handle.runner_id)
+        await self._orders_done(handle.runner_id, "create")
         if container_id := await self._container_id(handle):
             await self._delete(container_id)
             self._forget(container_id)
