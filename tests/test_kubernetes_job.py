@@ -8,7 +8,6 @@ import base64
 import json
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -281,7 +280,6 @@ def test_the_example_loads() -> None:
 # The clone, by the real git of this machine.
 
 
-@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed here")
 @pytest.mark.parametrize(("branch", "content", "on"), [("there", "b", "there"), ("new", "a", "new"), ("", "a", "main")])
 def test_a_workspace_is_cloned_at_its_branch(tmp_path: Path, branch: str, content: str, on: str) -> None:
     remote, workspace = tmp_path / "remote", tmp_path / "volume/slot"

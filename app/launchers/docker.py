@@ -575,7 +575,7 @@ class DockerLauncher:
             containers = await self._docker.containers.list(all=True, filters=filters)
         found = [container._container for container in containers]  # noqa: SLF001
         # An image made of one of our containers bears our labels, and so does all that is made of it.
-        return [each for each in found if f"/{NAME}{each['Labels'].get(RUNNER_ID)}" in each["Names"]]
+        return [each for each in found if f"/{NAME}{each['Labels'].get(RUNNER_ID)}" in (each["Names"] or ())]
 
     async def _find(self, runner_id: str) -> Json | None:
         """Look at a runner's container. Raises LaunchRejected if its name is taken by one that is not ours."""
