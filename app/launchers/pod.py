@@ -13,7 +13,7 @@ from typing import Any
 
 from app.job_template import CONTAINER
 from app.launcher import Exit, Exited, Observation, Running, Starting
-from app.launchers.job import IDENTITY, LAUNCH_TIMEOUT, RUNNER, limits
+from app.launchers.job import IDENTITY, LAUNCH_TIMEOUT, RUNNER
 from app.reason import Reason
 
 Json = dict[str, Any]
@@ -83,7 +83,6 @@ class Job:
     created_at: float
     parallelism: int
     launch_timeout: float
-    limited: frozenset[str]
     end: Exit | None
     stopped: bool
     first_pod: str | None
@@ -155,7 +154,6 @@ def read_job(job: Json) -> Job:
         created_at=seconds(metadata["creationTimestamp"]),
         parallelism=spec.get("parallelism", 1),
         launch_timeout=float(notes.get(LAUNCH_TIMEOUT, 300)),
-        limited=frozenset(limits(job)),
         end=_read_end(notes.get(END)),
         stopped=STOPPED in notes,
         first_pod=notes.get(FIRST_POD),
