@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 
 from app.errors import RunnerGone
@@ -175,6 +175,19 @@ class Spool:
         else:
             await asyncio.to_thread(fresh.rename, kept)
 
+    def sizes(self) -> dict[str, tuple[float, int]]:
+        """Say of each kept log when it was last written to, and how many bytes of disk it takes; by runner. Blocks."""
+        stats = {}
+        for path in self._directory.glob("runner-*.log"):
+            with contextlib.suppress(FileNotFoundError):
+                stats[path.stem] = path.stat()
+        return {name: (stat.st_mtime, stat.st_blocks * 512) for name, stat in stats.items()}
+
+    def forget(self, runner_ids: Iterable[str]) -> None:
+        """Remove the logs of these runners, where there are any. Blocks."""
+        for runner_id in runner_ids:
+            self.file(runner_id).path.unlink(missing_ok=True)
+
     async def output(
         self, launcher: Launcher, handle: Handle, *, tail: int | None, follow: Callable[[], bool] | None
     ) -> AsyncIterator[bytes]:
@@ -198,6 +211,7 @@ class Spool:
         except RunnerGone:  # its engine was told to forget it, when its log was safe
             kept = self.file(handle.runner_id)
             if not await asyncio.to_thread(kept.path.exists):
+                yield b"[no log of it is kept]\n"
                 return
             if given and (tail is not None or given > (await asyncio.to_thread(kept.path.stat)).st_size):
                 yield b"[the rest is in the log that was kept: read it again]\n"

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from fastapi import FastAPI
 
 from app import __version__
-from app.api import engines, events, gate, health, pools, problems, runners
+from app.api import engines, events, gate, health, pools, problems, retention, runners
 from app.api.answers import describe
 from app.api.auth import Authenticator
 from app.errors import ConfigurationError
@@ -22,6 +22,7 @@ from app.launchers import open_launcher
 from app.logs import Spool
 from app.pools import load_pools
 from app.reconciler import Reconciler
+from app.retention import Keep, Retention
 from app.service import RunnerService
 from app.settings import Settings, installation
 from app.store import Store
@@ -56,6 +57,10 @@ def create_app(
             reconciler = Reconciler(
                 store, feed, spool, open_launcher=launchers or ours, pools=lambda: service.pools.by_name, now=now
             )
+            keep = Keep(
+                days=settings.retention_days, records=settings.retention_records, logs_mib=settings.retention_logs_mib
+            )
+            app.state.retention = Retention(store, spool, keep, now)
             service = RunnerService(settings, store, feed, spool, reconciler, journal=journal, pools=configured, now=now)
             await journal.open(service.draining)
             stack.push_async_callback(journal.aclose)
@@ -68,8 +73,11 @@ def create_app(
                 reading = asyncio.create_task(app.state.authenticator.keep_reading(settings.tokens_file), name="token file")
                 stack.push_async_callback(_cancel, reading)
             await reconciler.start()
-            asking = asyncio.create_task(service.keep_asking_engines(), name="asking engines")
-            stack.push_async_callback(_cancel, asking)
+            for name, work in {
+                "asking engines": service.keep_asking_engines(),
+                "retention": app.state.retention.keep_sweeping(),
+            }.items():
+                stack.push_async_callback(_cancel, asyncio.create_task(work, name=name))
             yield
 
     app = FastAPI(
@@ -82,7 +90,7 @@ def create_app(
     app.state.authenticator = Authenticator(now)
     app.add_middleware(gate.Gate, authenticator=app.state.authenticator, public_url=settings.public_url)
     problems.install(app)
-    for module in (runners, events, pools, engines, health):
+    for module in (runners, events, pools, engines, retention, health):
         app.include_router(module.router)
     app.openapi = functools.partial(describe, app)  # type: ignore[method-assign] # FastAPI's own way
     return app

@@ -421,6 +421,17 @@ class SweepReport(BaseModel):
     problems: dict[str, str] = Field(description="by engine")
 
 
+class RetentionReport(BaseModel):
+    """What was forgotten, or with ``dry_run`` would be."""
+
+    model_config = _SAY
+
+    records: int = Field(description="records, each with its events, its idempotency key and its log")
+    logs: int = Field(description="logs, those of these records included")
+    log_bytes: int = Field(description="what these logs took of the disk")
+    dry_run: bool
+
+
 class PoolSwitch(BaseModel):
     """Switch a pool on or off; kept over restarts, and stronger than the pool file."""
 

@@ -5,7 +5,7 @@ The unique indexes over live rows are the slot guard: they hold even against a d
 
 from sqlalchemy import Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, text
 
-HEAD = "0002"
+HEAD = "0003"
 """The migration that this code expects; a test compares it with the scripts."""
 
 metadata = MetaData()
@@ -75,6 +75,15 @@ idempotency_keys = Table(
     Column("key", String, primary_key=True),
     Column("request_sha256", String, nullable=False),
     Column("runner_id", String, nullable=False),
+)
+
+Index("idempotency_keys_runner", idempotency_keys.c.runner_id)
+
+history = Table(  # one row: the newest event that is no longer kept
+    "history",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("forgotten", Integer, nullable=False),
 )
 
 pool_switches = Table(  # a pool switched on or off by hand, which beats the file

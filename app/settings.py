@@ -66,6 +66,7 @@ def _state_home() -> Path:
     return root / "runner-launcher"
 
 
+_OrOff = BeforeValidator(lambda bound: None if bound == "off" else bound)
 WebAddress = Annotated[str, AfterValidator(_web_address)]
 
 
@@ -89,6 +90,9 @@ class Settings(BaseSettings):
     tokens_file: Path | None = None
     public_url: WebAddress | None = None
     node: str = Field(default_factory=socket.gethostname)
+    retention_days: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, _OrOff] = 30
+    retention_records: Annotated[Annotated[int, Field(ge=0)] | None, _OrOff] = 1_000_000
+    retention_logs_mib: Annotated[Annotated[int, Field(ge=0)] | None, _OrOff] = 10_240
     installation: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")] | None = None
 
     @field_validator("listen")

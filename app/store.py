@@ -35,7 +35,7 @@ from app.pools import Usage
 from app.reason import Reason
 from app.runner import LIVE as LIVE_PHASES
 from app.runner import PLACED, Phase, Runner, State, admitted
-from app.schema import HEAD, LIVE, events, idempotency_keys, pool_switches, runner_labels, runners, specs
+from app.schema import HEAD, LIVE, events, history, idempotency_keys, pool_switches, runner_labels, runners, specs
 
 log = logging.getLogger(__name__)
 
@@ -183,6 +183,10 @@ class Store:
 
         await self._write(write)
 
+    async def forget(self, runner_ids: Collection[str]) -> None:
+        """Forget ended runners of which nothing is left elsewhere, with their events and keys; leave any others."""
+        await self._write(functools.partial(_forget, runner_ids))
+
     async def switch_pool(self, pool_name: str, *, enabled: bool) -> None:
         """Keep a pool on or off, whatever its file says."""
 
@@ -256,12 +260,15 @@ class Store:
         return [_event_of(row) for row in rows]
 
     async def span(self) -> tuple[int, int]:
-        """Give the oldest and the newest revision of all events; (1, 0) if there are none."""
+        """Give the revision from which on all events are kept, and the newest there is; (1, 0) if there are none.
 
-        def read(connection: Connection) -> tuple[int, int]:  # one by one: together they would walk through the table
-            oldest = connection.execute(sa.select(sa.func.min(events.c.revision))).scalar()
+        Of what lies before, only the events of runners that are still known are kept.
+        """
+
+        def read(connection: Connection) -> tuple[int, int]:
+            forgotten = connection.execute(sa.select(history.c.forgotten).where(history.c.id == 1)).scalar_one()
             newest = connection.execute(sa.select(sa.func.max(events.c.revision))).scalar()
-            return oldest or 1, newest or 0
+            return forgotten + 1, max(forgotten, newest or 0)
 
         return await self._read(read)
 
@@ -272,6 +279,18 @@ class Store:
         query = query.where(events.c.revision > after).order_by(events.c.revision).limit(limit)
         rows = await self._read(lambda connection: connection.execute(query).all())
         return [(_event_of(row), row.task_id, row.pool_name) for row in rows]
+
+    async def outdated(
+        self, ended_before: float | None, keep: int | None, *, fresh: float, after: int, limit: int
+    ) -> tuple[list[str], int | None]:
+        """Give ended runners of which nothing is left elsewhere: those ended before then, and all but the newest so many.
+
+        Of the latter, none that ended since ``fresh``. The oldest launches come first. ``after`` is a place among them;
+        gives the place to go on from, None at the end.
+        """
+        return await self._read(
+            lambda connection: _outdated(connection, ended_before, keep, fresh=fresh, after=after, limit=limit)
+        )
 
     async def usage(self) -> dict[str, Usage]:
         """Give what is in use, by pool; a pool that is not named has nothing in use."""
@@ -549,6 +568,40 @@ def _change(
         raise RuntimeError(f"{old.runner_id} changed inside a transaction that had read it")
     changes.append(Change(new, event))
     return new
+
+
+def _outdated(
+    connection: Connection, ended_before: float | None, keep: int | None, *, fresh: float, after: int, limit: int
+) -> tuple[list[str], int | None]:
+    newest_first = sa.select(runners.c.seq).order_by(runners.c.created_at.desc()).limit(1)  # an index that holds just this
+    by_number = by_age = 0  # up to which place a bound can reach
+    if keep is not None:
+        by_number = connection.execute(newest_first.offset(keep)).scalar() or 0
+    if ended_before is not None:  # it was launched before it ended
+        by_age = connection.execute(newest_first.where(runners.c.created_at < ended_before)).scalar() or 0
+    query = _whole().add_columns(runners.c.seq).where(runners.c.phase == Phase.FINISHED, runners.c.cleaned)
+    query = query.where(runners.c.seq > after, runners.c.seq <= max(by_number, by_age))
+    rows = connection.execute(query.order_by(runners.c.seq).limit(limit)).all()
+    found = []
+    for row in rows:
+        runner = _load(row)
+        ended_at = runner.finished_at or runner.created_at
+        if (row.seq <= by_number and ended_at < fresh) or (ended_before is not None and ended_at < ended_before):
+            found.append(runner.runner_id)
+    return found, rows[-1].seq if len(rows) == limit else None
+
+
+def _forget(runner_ids: Collection[str], connection: Connection, _: list[Change]) -> None:
+    done = sa.and_(runners.c.runner_id.in_(runner_ids), runners.c.phase == Phase.FINISHED, runners.c.cleaned)
+    rows = connection.execute(sa.select(runners.c.seq, runners.c.runner_id).where(done)).all()
+    if not rows:
+        return
+    names = [row.runner_id for row in rows]
+    newest = connection.execute(sa.select(sa.func.max(events.c.revision)).where(events.c.runner_id.in_(names))).scalar()
+    connection.execute(sa.update(history).where(history.c.id == 1, history.c.forgotten < newest).values(forgotten=newest))
+    connection.execute(sa.delete(runner_labels).where(runner_labels.c.seq.in_([row.seq for row in rows])))
+    for table in (events, idempotency_keys, specs, runners):
+        connection.execute(sa.delete(table).where(table.c.runner_id.in_(names)))
 
 
 def _append(connection: Connection, event: Event) -> Event:

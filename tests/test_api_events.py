@@ -148,6 +148,7 @@ async def test_a_place_whose_history_is_no_longer_kept_is_refused(service: Servi
         events = await all_events(client)
     with contextlib.closing(sqlite3.connect(state_dir / "runners.db")) as database:
         database.execute("DELETE FROM events WHERE revision < ?", [events[2]["revision"]])
+        database.execute("UPDATE history SET forgotten = ?", [events[1]["revision"]])
         database.commit()
     async with service() as client:
         for headers in (STREAM, {}):

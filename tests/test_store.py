@@ -694,6 +694,8 @@ QUERIES: dict[str, Callable[[Store, Runner, Runner], Awaitable[object]]] = {
     "named": lambda store, runner, _: store.named(runner.runner_id),
     "events": lambda store, _, __: store.events(3, 100),
     "span": lambda store, _, __: store.span(),
+    "outdated": lambda store, _, __: store.outdated(1.0, None, fresh=1.0, after=0, limit=10),
+    "forget whole": lambda store, runner, _: store.forget([runner.runner_id]),
     "spec": lambda store, runner, _: store.spec(runner.runner_id),
     "unclean": lambda store, _, __: store.unclean(),
     "accepted": lambda store, _, __: store.accepted(),
@@ -834,7 +836,10 @@ async def test_labels_of_before_there_was_a_table_of_them_are_found(path: Path) 
     async with opened(path) as store:
         await add(store, 1, labels={"team": "core"})
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.executescript("DROP TABLE runner_labels; UPDATE alembic_version SET version_num = '0001'")
+        connection.executescript(
+            "DROP TABLE runner_labels; DROP TABLE history; DROP INDEX idempotency_keys_runner;"
+            "UPDATE alembic_version SET version_num = '0001'"
+        )
     async with opened(path) as store:
         page, _ = await store.page(Filter(labels=(("team", "core"),)))
         assert [runner.runner_id for runner in page] == [make(1).runner_id]
@@ -890,3 +895,45 @@ async def open_and_close(url: str) -> None:
         await store.open()
     finally:
         await store.aclose()
+
+
+# What is forgotten.
+
+
+async def test_the_newest_are_kept_and_whoever_ended_just_now(store: Store) -> None:
+    runners = [await add(store, number, created_at=float(number)) for number in range(1, 6)]
+    for number, runner in enumerate(runners[:4], 1):
+        await leave(store, runner, at=10.0 * number)
+    ids = [runner.runner_id for runner in runners]
+
+    async def outdated(ended_before: float | None, keep: int | None, fresh: float = 1000.0) -> list[str]:
+        found: list[str] = []
+        place: int | None = 0
+        while place is not None:
+            some, place = await store.outdated(ended_before, keep, fresh=fresh, after=place, limit=2)
+            found += some
+        return found
+
+    assert await outdated(None, None) == []
+    assert await outdated(25.0, None) == ids[:2]
+    assert await outdated(None, 3) == ids[:2]
+    assert await outdated(None, 0) == ids[:4]
+    assert await outdated(None, 0, fresh=25.0) == ids[:2]
+    assert await outdated(35.0, 4) == ids[:3]
+
+
+async def test_only_what_ended_and_is_cleaned_up_is_forgotten(store: Store) -> None:
+    live, unclean, done = [await add(store, number) for number in (1, 2, 3)]
+    for runner in (unclean, done):
+        await leave(store, runner, at=10.0, clean=runner is done)
+    await store.forget([live.runner_id, unclean.runner_id, done.runner_id])
+    assert set(await store.known([live.runner_id, unclean.runner_id, done.runner_id])) == {live.runner_id, unclean.runner_id}
+    assert await store.history(unclean.runner_id)
+    assert await store.history(done.runner_id) == []
+
+
+async def leave(store: Store, runner: Runner, at: float, *, clean: bool = True) -> None:
+    """End a runner, and say that its engine holds nothing of it any more."""
+    assert await store.change(runner, finished(runner, Reason.LOST, "gone", at), "finished", at)
+    if clean:
+        await store.forget_spec(runner.runner_id)

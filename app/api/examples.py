@@ -25,6 +25,7 @@ from app.models import (
     PreviewRecord,
     Problem,
     Readiness,
+    RetentionReport,
     RunnerPage,
     RunnerRecord,
     StrayRecord,
@@ -131,6 +132,7 @@ ANSWERS: tuple[BaseModel, ...] = (
         ],
         problems={"kubernetes:necrocode-agents": "no answer"},
     ),
+    RetentionReport(records=120, logs=131, log_bytes=52_428_800, dry_run=False),
     DiagnosisRecord(
         runner_id=_ID,
         state=State.FAILED,
