@@ -19,6 +19,7 @@ from app.launcher import Handle, Launcher, LogLine
 BLOCK = 4096
 CHUNK = 256 * 1024
 FOLLOW_SECONDS = 0.1
+NOT_KEPT = b"[no log of it is kept]\n"
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 
 _fallocate = ctypes.CDLL(None, use_errno=True).fallocate
@@ -211,7 +212,7 @@ class Spool:
         except RunnerGone:  # its engine was told to forget it, when its log was safe
             kept = self.file(handle.runner_id)
             if not await asyncio.to_thread(kept.path.exists):
-                yield b"[no log of it is kept]\n"
+                yield b"[the rest of its log is not kept]\n" if given else NOT_KEPT
                 return
             if given and (tail is not None or given > (await asyncio.to_thread(kept.path.stat)).st_size):
                 yield b"[the rest is in the log that was kept: read it again]\n"

@@ -106,7 +106,7 @@ async def test_a_reader_that_comes_back_misses_nothing_and_gets_nothing_twice_al
 async def test_a_stream_says_goodbye_when_the_service_ends_and_does_not_hold_it_up(serve: Serve) -> None:
     async with serve() as running, running.client() as client, stream(client) as events:
         await anext(events)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(8):
             ended = asyncio.create_task(running.end(signal.SIGTERM))
             (bye,) = await rest(events)
             assert await ended == 0
@@ -312,7 +312,7 @@ async def test_who_follows_a_runner_is_let_go_when_the_service_ends(serve: Serve
         runner = await launched(client, launch_body(slot, "while [ ! -e go ]; do sleep 0.01; done"))
         async with stream(client, f"{runner['links']['events']}") as events:
             await some(events, 3)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(8):
                 assert await running.end() == 0
                 assert [event.get("event") for event in await rest(events)][-1] == "bye"
     (slot / "go").touch()

@@ -148,7 +148,7 @@ async def test_a_wait_that_runs_out_answers_202(service: Service, slot: Path) ->
     async with service({"local": local_pool(max_concurrency=1, queue_limit=1)}) as client:
         await launched(client, launch_body(slot, FOREVER))
         second = launch_body(slot.with_name("slot-2"))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(8):
             answer = await client.post("/runners", json=second, headers={"Prefer": "wait=1"})
     assert (answer.status_code, answer.json()["phase"]) == (202, "queued")
 
@@ -268,7 +268,7 @@ async def test_a_wait_for_a_change_that_does_not_come_answers_304(client: httpx.
     runner = await launched(client, launch_body(slot, FOREVER))
     await until(lambda: running(client, runner))
     tag = (await client.get(runner["links"]["self"])).headers["ETag"]
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(8):
         answer = await client.get(runner["links"]["self"], headers={"If-None-Match": tag, "Prefer": "wait=1"})
     assert (answer.status_code, answer.headers["ETag"]) == (304, tag)
 

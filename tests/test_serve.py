@@ -370,7 +370,7 @@ async def test_a_client_that_waits_is_answered_when_the_service_goes_down(serve:
         second = launch_body(slot.with_name("slot-2"), 'echo "$RUNNER_ID" >witness')
         waiting = asyncio.create_task(client.post("/runners", json=second))
         await until(lambda: anything(client, phase="queued"))
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(8):
             assert await running.end() == 0
             answer = await waiting
         assert (answer.status_code, answer.json()["phase"]) == (202, "queued")

@@ -473,7 +473,7 @@ async def test_a_write_after_closing_is_refused_at_once(path: Path) -> None:
     async with opened(path) as store:
         await add(store)
     with pytest.raises(Unavailable):
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(8):
             await add(store, 2)
 
 
