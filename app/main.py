@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from fastapi import FastAPI
 
 from app import __version__
-from app.api import engines, events, gate, health, pools, problems, runners
+from app.api import engines, events, gate, health, pools, problems, runners, webhooks
 from app.api.answers import describe
 from app.api.auth import Authenticator
 from app.errors import ConfigurationError
@@ -25,7 +25,9 @@ from app.reconciler import Reconciler
 from app.service import RunnerService
 from app.settings import Settings, installation
 from app.store import Store
+from app.targets import load_targets
 from app.telemetry import Telemetry
+from app.webhooks import Webhooks
 
 
 def create_app(
@@ -48,6 +50,7 @@ def create_app(
             feed = Feed()
             spool = Spool(settings.state_dir / "logs")
             configured = load_pools(settings.pools_file)
+            targets = load_targets(settings.webhooks_file)
             store = Store(settings.database, feed.publish)
             stack.push_async_callback(store.aclose)
             await store.open()
@@ -62,7 +65,11 @@ def create_app(
             service.url = settings.public_url or url or f"http://{settings.listen}"
             stack.push_async_callback(reconciler.aclose)
             app.state.service, app.state.feed = service, feed
-            app.state.telemetry = Telemetry(feed, lambda: service.pools.by_name, now)
+            app.state.telemetry = telemetry = Telemetry(feed, lambda: service.pools.by_name, now)
+            source = f"urn:runner-launcher:{installation(settings)}"
+            app.state.webhooks = hooks = Webhooks(store, journal, source=source, told=telemetry.webhook_answered, now=now)
+            stack.push_async_callback(hooks.aclose)
+            await hooks.set(targets)
             app.state.authenticator.open(settings)
             if settings.tokens_file:
                 reading = asyncio.create_task(app.state.authenticator.keep_reading(settings.tokens_file), name="token file")
@@ -82,7 +89,7 @@ def create_app(
     app.state.authenticator = Authenticator(now)
     app.add_middleware(gate.Gate, authenticator=app.state.authenticator, public_url=settings.public_url)
     problems.install(app)
-    for module in (runners, events, pools, engines, health):
+    for module in (runners, events, pools, engines, webhooks, health):
         app.include_router(module.router)
     app.openapi = functools.partial(describe, app)  # type: ignore[method-assign] # FastAPI's own way
     return app

@@ -87,6 +87,7 @@ class Settings(BaseSettings):
     allow_inline_pools: bool = False
     auth: Literal["on", "off"] = "on"
     tokens_file: Path | None = None
+    webhooks_file: Path | None = None
     public_url: WebAddress | None = None
     node: str = Field(default_factory=socket.gethostname)
     installation: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")] | None = None

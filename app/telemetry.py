@@ -15,6 +15,7 @@ from app.events import Change, Feed
 from app.pools import Pool
 from app.runner import Phase, Runner
 from app.service import PoolState
+from app.webhooks import Outcome, TargetState
 
 INLINE = "(inline)"
 
@@ -60,12 +61,22 @@ class Telemetry:
         self._enabled = gauge("pool_enabled", "Whether a pool is switched on", "pool")
         self._answers = gauge("engine_answers", "Whether an engine answers", "engine")
         self._age = gauge("engine_answer_age_seconds", "Since an engine's last answer", "engine")
-        self._streams = gauge("event_streams", "Open streams of all events")
+        self._streams = gauge("event_streams", "Who follows all events: open streams, and targets of webhooks")
+        self._told = counter("webhook_answers", "Events sent, by what the target said", "target", "outcome")
+        self._behind = gauge("webhook_behind", "Events of all runners that a target was not told yet", "target")
+        self._retrying = gauge("webhook_retrying_runners", "Runners of which a target did not take an event yet", "target")
+        self._parked = gauge("webhook_parked_runners", "Runners whose events wait for somebody to try again", "target")
+        self._gone = gauge("webhook_gone", "Whether a target said that it wants to hear no more", "target")
         self._revision = gauge("revision", "The newest revision that was told")
         feed.listen(self._changed)
 
     def exposition(
-        self, accept: str, pools: Sequence[PoolState], engines: Sequence[EngineState], streams: int
+        self,
+        accept: str,
+        pools: Sequence[PoolState],
+        engines: Sequence[EngineState],
+        streams: int,
+        targets: Sequence[TargetState],
     ) -> tuple[bytes, str]:
         """Write all figures in the format that a scraper accepts; gives them and their media type."""
         self._streams.set(streams)
@@ -78,6 +89,10 @@ class Telemetry:
             self._enabled,
             self._answers,
             self._age,
+            self._behind,
+            self._retrying,
+            self._parked,
+            self._gone,
         ):
             each.clear()  # a pool may have been taken out of its file
         for state in pools:
@@ -92,8 +107,18 @@ class Telemetry:
             self._answers.labels(engine.name).set(engine.answers)
             if engine.answered_at is not None:
                 self._age.labels(engine.name).set(max(0.0, self._now() - engine.answered_at))
+        for target in targets:
+            name, parked = target.target.name, sum(each.parked for each in target.arrears)
+            self._behind.labels(name).set(target.behind)
+            self._retrying.labels(name).set(len(target.arrears) - parked)
+            self._parked.labels(name).set(parked)
+            self._gone.labels(name).set(target.gone)
         encode, media_type = choose_encoder(accept)
         return encode(self._registry), media_type
+
+    def webhook_answered(self, target: str, outcome: Outcome) -> None:
+        """Count what a target said to an event."""
+        self._told.labels(target, outcome).inc()
 
     def _changed(self, change: Change) -> None:
         runner, event = change.runner, change.event

@@ -834,10 +834,28 @@ async def test_labels_of_before_there_was_a_table_of_them_are_found(path: Path) 
     async with opened(path) as store:
         await add(store, 1, labels={"team": "core"})
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.executescript("DROP TABLE runner_labels; UPDATE alembic_version SET version_num = '0001'")
+        for name in ("runner_labels", "webhook_targets", "webhook_arrears"):
+            connection.execute(f"DROP TABLE {name}")
+        connection.execute("UPDATE alembic_version SET version_num = '0001'")
+        connection.commit()
     async with opened(path) as store:
         page, _ = await store.page(Filter(labels=(("team", "core"),)))
         assert [runner.runner_id for runner in page] == [make(1).runner_id]
+
+
+async def test_an_end_that_came_before_a_stop_is_not_told_as_that_stop(store: Store) -> None:
+    runner = await add(store)
+    asked = await changed(store, runner, stop_asked(accepted(runner, Handle(runner_id=runner.runner_id), T), "stop", 10, T))
+    await changed(store, asked, finished(asked, None, None, T))
+    stop, end = (await store.history(runner.runner_id))[-2:]
+    assert (stop.reason, stop.message) == (Reason.CANCELLED, "stop")
+    assert (end.reason, end.message) == (None, None)
+
+
+async def changed(store: Store, old: Runner, new: Runner) -> Runner:
+    written = await store.change(old, new, "changed", T)
+    assert written
+    return written
 
 
 def indexes(path: Path) -> set[tuple[str, str]]:

@@ -31,6 +31,7 @@ async def metrics(request: Request, service: Service, who: Who) -> Response:
         await service.pool_states(who),
         service.engine_states(who),
         service.journal.followers,
+        request.app.state.webhooks.states(),
     )
     return Response(text, media_type=media_type)
 
