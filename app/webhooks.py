@@ -9,19 +9,13 @@ what was sent and not yet noted is sent again, under the same id.
 """
 
 import asyncio
-import base64
 import contextlib
-import hashlib
-import hmac
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
-from email.utils import parsedate_to_datetime
-from typing import Literal
-
-import httpx
+from typing import TYPE_CHECKING
 
 from app.errors import NotFound, Unavailable
 from app.events import Event
@@ -30,6 +24,9 @@ from app.models import CloudEvent, cloud_event
 from app.runner import Phase, Runner, State
 from app.store import Arrears, Store
 from app.targets import Target, Told
+
+if TYPE_CHECKING:
+    from app.courier import Answer, Courier
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +43,6 @@ MARK_SECONDS = 0.2
 """How often at most the place of a target is noted; a service that is killed tells this much again."""
 
 IDLE_SECONDS = 60.0
-LONGEST_WISH_SECONDS = 3600.0
-ANSWER_BYTES = 16_384
-SHOWN = 200
 
 TOLD = {
     "accepted": Told.ACCEPTED,
@@ -59,8 +53,6 @@ TOLD = {
     "stop_asked": Told.STOPPING,
 }
 """What an event is told as; an end as how it ended, others not at all."""
-
-Outcome = Literal["accepted", "refused", "unanswered"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +79,6 @@ class _Lane:
     news: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """What a target said to one event; no ``error``: that it has it."""
-
-    error: str | None = None
-    outcome: Outcome = "accepted"
-    gone: bool = False
-    retry_after: float = 0
-
-
 class Webhooks:
     """All targets of one service. ``source`` names the installation to them; ``told`` counts what they answer."""
 
@@ -106,7 +88,7 @@ class Webhooks:
         journal: Journal,
         *,
         source: str,
-        told: Callable[[str, Outcome], None],
+        told: Callable[[str, str], None],
         now: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
@@ -115,14 +97,14 @@ class Webhooks:
         self._told = told
         self._now = now
         self._hooks: dict[str, _Hook] = {}
-        self._http: httpx.AsyncClient | None = None
+        self._courier: Courier | None = None
         self._changing = asyncio.Lock()
 
     async def set(self, targets: Sequence[Target]) -> None:
         """Tell these from now on. One that was told before goes on where it was, also after it was left out for a while."""
         async with self._changing:
-            if targets and self._http is None:
-                self._http = await asyncio.to_thread(_http)
+            if targets and self._courier is None:
+                self._courier = await asyncio.to_thread(_courier, self._now)
             hooks = {}
             for target in targets:
                 hook = self._hooks.pop(target.name, None)
@@ -156,13 +138,13 @@ class Webhooks:
     async def aclose(self) -> None:
         """Stop telling; what is on its way is told again by the next service."""
         await self.set(())
-        if self._http:
-            await self._http.aclose()
+        if self._courier:
+            await self._courier.aclose()
 
     async def _open(self, target: Target) -> "_Hook":
-        if self._http is None:
-            raise RuntimeError("a target without a client")
-        hook = _Hook(target, self._store, self._journal, self._http, source=self._source, told=self._told, now=self._now)
+        if self._courier is None:
+            raise RuntimeError("a target without a courier")
+        hook = _Hook(target, self._store, self._journal, self._courier, source=self._source, told=self._told, now=self._now)
         await hook.open()
         return hook
 
@@ -175,16 +157,16 @@ class _Hook:
         target: Target,
         store: Store,
         journal: Journal,
-        http: httpx.AsyncClient,
+        courier: "Courier",
         *,
         source: str,
-        told: Callable[[str, Outcome], None],
+        told: Callable[[str, str], None],
         now: Callable[[], float],
     ) -> None:
         self.target = target
         self._store = store
         self._journal = journal
-        self._http = http
+        self._courier = courier
         self._source = source
         self._told = told
         self._now = now
@@ -371,7 +353,7 @@ class _Hook:
                 self._waiting[lane.runner_id] = lane.owed
                 return False
 
-    async def _owe(self, runner_id: str, revision: int, before: Arrears | None, answer: _Answer) -> Arrears:
+    async def _owe(self, runner_id: str, revision: int, before: Arrears | None, answer: "Answer") -> Arrears:
         attempts = 1 + (before.attempts if before and before.revision == revision else 0)
         owed = Arrears(
             runner_id=runner_id,
@@ -396,7 +378,7 @@ class _Hook:
             task.cancel()
         await self._store.place_webhook(self.target.name, self._through(), gone=True)
 
-    def _note(self, answer: _Answer) -> None:
+    def _note(self, answer: "Answer") -> None:
         self._told(self.target.name, answer.outcome)
         if answer.error is None:
             self._delivered_at, self._error = self._now(), None
@@ -411,36 +393,18 @@ class _Hook:
         first, longest = BACKOFF_SECONDS
         return random.uniform(0, min(longest, first * 2 ** min(attempts - 1, 30)))  # noqa: S311 - full jitter
 
-    # One try.
-
-    async def _in_turn(self, event_id: str, body: bytes) -> _Answer:
+    async def _in_turn(self, event_id: str, body: bytes) -> "Answer":
         async with self._sends:
             while (pause := self._paused_until - self._now()) > 0:  # noqa: ASYNC110 - which another answer may make longer
                 await asyncio.sleep(pause)
-            return await self._send(event_id, body)
+            return await self._courier.send(self.target, event_id, body)
 
-    async def _send(self, event_id: str, body: bytes) -> _Answer:
-        """Send once. Redirects are not followed, and little of the answer is read."""
-        headers = {
-            "Content-Type": "application/cloudevents+json",
-            **signed(event_id, int(self._now()), body, self.target.secrets),
-        }
-        response, said = None, b""
-        try:
-            async with (
-                asyncio.timeout(self.target.timeout_seconds),
-                self._http.stream("POST", self.target.url, content=body, headers=headers) as response,
-            ):
-                async for piece in response.aiter_raw():
-                    said += piece
-                    if len(said) > ANSWER_BYTES:
-                        break
-        except (httpx.HTTPError, TimeoutError) as error:
-            if response is None:
-                late = isinstance(error, TimeoutError | httpx.TimeoutException)
-                words = f"no answer within {self.target.timeout_seconds:g} s" if late else str(error) or type(error).__name__
-                return _Answer(words, "unanswered")
-        return _read_answer(response, said, self._now())
+
+def _courier(now: Callable[[], float]) -> "Courier":
+    """Open the way to targets: who has none loads no HTTP client, and its certificates take a while."""
+    from app.courier import Courier  # noqa: PLC0415
+
+    return Courier(now)
 
 
 def told_as(event: Event, runner: Runner) -> Told | None:
@@ -448,40 +412,3 @@ def told_as(event: Event, runner: Runner) -> Told | None:
     if event.to_phase is Phase.FINISHED and event.from_phase is not Phase.FINISHED:
         return Told.COMPLETED if runner.state is State.COMPLETED else Told.FAILED
     return TOLD.get(event.type)
-
-
-def signed(event_id: str, timestamp: int, body: bytes, secrets: Iterable[bytes]) -> dict[str, str]:
-    """Sign a message by each secret, in the headers of Standard Webhooks; the id and the time are signed with it."""
-    content = f"{event_id}.{timestamp}.".encode() + body
-    digests = [hmac.digest(secret, content, hashlib.sha256) for secret in secrets]
-    signatures = " ".join(f"v1,{base64.b64encode(digest).decode()}" for digest in digests)
-    return {"webhook-id": event_id, "webhook-timestamp": str(timestamp), "webhook-signature": signatures}
-
-
-def _read_answer(response: httpx.Response, said: bytes, now: float) -> _Answer:
-    if response.is_success:
-        return _Answer()
-    words = " ".join(said[:SHOWN].decode(errors="replace").split())
-    wish = _retry_after(response.headers.get("Retry-After", ""), now)
-    status = response.status_code
-    return _Answer(
-        f"HTTP {status}" + (f": {words}" if words else ""),
-        "refused",
-        gone=status == httpx.codes.GONE,
-        retry_after=wish if status in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE) else 0,
-    )
-
-
-def _retry_after(header: str, now: float) -> float:
-    """Read a wish in seconds or as a date (RFC 9110, 10.2.3); 0 for none."""
-    try:
-        seconds = float(header) if header.isdecimal() else parsedate_to_datetime(header).timestamp() - now
-    except (ValueError, OverflowError):
-        return 0
-    return min(max(0.0, seconds), LONGEST_WISH_SECONDS)
-
-
-def _http() -> httpx.AsyncClient:
-    """Open a client in which no target waits for a connection of another; loading certificates takes a while."""
-    agent = {"User-Agent": "runner-launcher"}
-    return httpx.AsyncClient(follow_redirects=False, timeout=None, limits=httpx.Limits(max_connections=None), headers=agent)  # noqa: S113 - each try has its own
