@@ -1,6 +1,7 @@
 """The server: listens, serves an application until a signal ends it, and lets streams end with a farewell."""
 
 import asyncio
+import functools
 import logging
 import signal
 import socket
@@ -11,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 from typing_extensions import override
 
+from app.connection import Connection
 from app.errors import ConfigurationError
 from app.main import create_app
 from app.service import RunnerService
@@ -50,7 +52,7 @@ async def serve_until_told(settings: Settings, create: Callable[..., FastAPI] = 
         config = uvicorn.Config(
             app,
             lifespan="off",  # opened here, so that what goes wrong there is told in one line
-            http="httptools",
+            http=functools.partial(Connection, most=settings.max_connections),  # type: ignore[arg-type] # makes one
             loop="asyncio",  # uvloop starts processes by a slow fork
             log_config=None,
             access_log=False,

@@ -88,6 +88,7 @@ class Settings(BaseSettings):
     auth: Literal["on", "off"] = "on"
     tokens_file: Path | None = None
     webhooks_file: Path | None = None
+    max_connections: Annotated[int, Field(ge=1)] = 8192
     public_url: WebAddress | None = None
     node: str = Field(default_factory=socket.gethostname)
     installation: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")] | None = None

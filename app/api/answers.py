@@ -71,7 +71,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, object]]:
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {
         status: {"description": HTTPStatus(status).phrase, "content": content}
-        for status in sorted({400, 401, 403, 422, *statuses})
+        for status in sorted({400, 401, 403, 422, 429, *statuses})
     }
 
 
