@@ -10,9 +10,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 
-from app import __version__
 from app.api import engines, events, gate, health, pools, problems, runners, webhooks
-from app.api.answers import describe
+from app.api.answers import API_VERSION, describe
 from app.api.auth import Authenticator
 from app.errors import ConfigurationError
 from app.events import Feed
@@ -82,7 +81,8 @@ def create_app(
     app = FastAPI(
         title="Runner Launcher",
         summary="Starts AI coding agents and tells the truth about how each one ended.",
-        version=__version__,
+        version=API_VERSION,
+        license_info={"name": "MIT", "identifier": "MIT"},
         lifespan=lifespan,
         generate_unique_id_function=lambda route: f"{route.tags[0]}_{route.name}" if route.tags else route.name,
     )

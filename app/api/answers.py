@@ -16,6 +16,9 @@ from app.models import CloudEvent, Problem, RunnerRecord, runner_record
 from app.runner import Runner
 from app.service import RunnerService
 
+API_VERSION = "0.2.0"
+"""The version of the HTTP interface, apart from that of the program: whatever changes in the one raises it."""
+
 
 def service_of(request: Request) -> RunnerService:
     """Give the service behind this application."""
@@ -104,7 +107,14 @@ WEBHOOK: dict[str, Any] = {
 def describe(app: FastAPI) -> dict[str, Any]:
     """Tell in OpenAPI also what routes cannot: the shape of problems, and that a token is needed."""
     if not app.openapi_schema:
-        described = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        described = get_openapi(
+            title=app.title,
+            version=app.version,
+            summary=app.summary,
+            license_info=app.license_info,
+            servers=[{"url": "/"}],
+            routes=app.routes,
+        )
         components = described["components"]
         told: list[tuple[type[BaseModel], Literal["serialization"]]]
         told = [(Problem, "serialization"), (CloudEvent, "serialization")]
