@@ -17,11 +17,15 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks: a name for idempotency keys and for the history, and what they may; ``pools`` None: all pools."""
+    """Who asks: a name for idempotency keys and for the history, and what they may.
+
+    ``pools`` None: all pools; ``rate`` is how many calls a second they may make, None: as many as they like.
+    """
 
     name: str
     scopes: frozenset[Scope] = frozenset(Scope)
     pools: frozenset[str] | None = None
+    rate: float | None = None
 
     def sees(self, pool_name: str) -> bool:
         """Say whether a pool, and what runs in it, is any of their business."""

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -110,7 +110,9 @@ def openapi() -> None:
 # Talking to it.
 
 
-def _talk(work: "Callable[[Terminal], Awaitable[int | None]]", *, as_json: bool, patience: float = ASKING_SECONDS) -> None:
+def _talk(
+    work: "Callable[[Terminal], Awaitable[int | None]]", *, as_json: bool, patience: float = ASKING_SECONDS
+) -> NoReturn:
     """Do something with the service, and end with the exit code that says how it went."""
     from runner_launcher_client import RunnerLauncherClient, RunnerLauncherError
 
@@ -205,6 +207,7 @@ def launch(
     pool: Annotated[str | None, typer.Option(help="The pool that says where to run.", autocompletion=_pool_names)] = None,
     key: Annotated[str | None, typer.Option(help="Idempotency key: the same again launches nothing.")] = None,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait for its end; the exit code says how it went.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Launch nothing; show what the engine would be sent.")] = False,
     as_json: Json = False,
 ) -> None:
     """Launch a runner, and print its id once it has started."""
@@ -221,6 +224,8 @@ def launch(
     request["pool"] = pool or request["pool"]
     if not (request["task"].get("id") and request["slot"].get("slot_path") and request["pool"]):
         raise _misused("say what to launch: a file, or --task-id, --slot-path and --pool")
+    if dry_run:
+        _talk(lambda terminal: terminal.preview(request), as_json=as_json)
     _talk(lambda terminal: terminal.launch(request, key=key, wait=wait), as_json=as_json, patience=GOING_ON_SECONDS)
 
 
@@ -336,6 +341,19 @@ def pools(
 def engines(*, as_json: Json = False) -> None:
     """Show what each engine can do, and whether it answers."""
     _talk(lambda terminal: terminal.engines(), as_json=as_json)
+
+
+@cli.command(rich_help_panel="Where they run")
+def webhooks(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One target alone.")] = None,
+    *,
+    retry: Annotated[bool, typer.Option("--retry", help="Tell it again what it did not take.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show who is told of runners by webhooks, and how far; or try one again."""
+    if retry and name is None:
+        raise _misused("say which target to try again")
+    _talk(lambda terminal: terminal.webhooks(name, retry=retry), as_json=as_json)
 
 
 def main() -> None:

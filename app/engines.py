@@ -25,12 +25,16 @@ PATIENCE_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineState:
-    """An engine as it was last heard of; ``answered_at`` in seconds since the epoch, None if it never was."""
+    """An engine as it was last heard of.
+
+    ``answered_at`` and ``hinted_at``, when its watch last told of something, are seconds since the epoch; None: never.
+    """
 
     name: str
     pools: tuple[str, ...]
     answers: bool
     answered_at: float | None
+    hinted_at: float | None
     problem: str | None
     details: Mapping[str, JsonValue]
 
@@ -74,6 +78,7 @@ class Engines:
                     pools=tuple(pool.name for pool in self._pools().values() if pool.engine == name),
                     answers=said.problem is None and answering.get(name, False),
                     answered_at=max(times, default=None),
+                    hinted_at=self._reconciler.hinted_at(name),
                     problem=said.problem,
                     details=said.details,
                 )

@@ -9,7 +9,7 @@ RunnerLauncherError
 ├── RequestRefused          a request that changed nothing; ``code`` names it for machines
 │   ├── NotAuthenticated, NotPermitted, NotFound, InvalidRequest, ContextTooLarge
 │   ├── AmbiguousId, RunnerEnded, HistoryGone
-│   └── SlotBusy, PoolFull, Unavailable
+│   └── SlotBusy, PoolFull, TooManyCalls, Unavailable
 └── RunnerLaunchError       an accepted request whose launch failed; carries the runner
 """
 
@@ -152,6 +152,13 @@ class PoolFull(RequestRefused):
     """The pool has no room now, in runners, cores or memory."""
 
     code = "pool-full"
+    retryable = True
+
+
+class TooManyCalls(RequestRefused):
+    """The caller asks more often than their token allows."""
+
+    code = "too-many-calls"
     retryable = True
 
 

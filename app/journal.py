@@ -72,6 +72,11 @@ class Journal:
             raise HistoryGone(f"what followed revision {since} is no longer kept; the oldest is {oldest}")
         return since
 
+    @property
+    def newest(self) -> int:
+        """The newest revision that was told."""
+        return self._kept[-1].revision if self._kept else self._before
+
     async def oldest(self) -> int:
         """Give the place before everything that is kept."""
         return max(0, (await self._store.span())[0] - 1)

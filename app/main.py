@@ -10,9 +10,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 
-from app import __version__
-from app.api import engines, events, gate, health, pools, problems, retention, runners
-from app.api.answers import describe
+from app.api import engines, events, gate, health, pools, problems, retention, runners, webhooks
+from app.api.answers import API_VERSION, describe
 from app.api.auth import Authenticator
 from app.errors import ConfigurationError
 from app.events import Feed
@@ -26,7 +25,9 @@ from app.retention import Keep, Retention
 from app.service import RunnerService
 from app.settings import Settings, installation
 from app.store import Store
+from app.targets import load_targets
 from app.telemetry import Telemetry
+from app.webhooks import Webhooks
 
 
 def create_app(
@@ -49,6 +50,7 @@ def create_app(
             feed = Feed()
             spool = Spool(settings.state_dir / "logs")
             configured = load_pools(settings.pools_file)
+            targets = load_targets(settings.webhooks_file)
             store = Store(settings.database, feed.publish)
             stack.push_async_callback(store.aclose)
             await store.open()
@@ -57,17 +59,21 @@ def create_app(
             reconciler = Reconciler(
                 store, feed, spool, open_launcher=launchers or ours, pools=lambda: service.pools.by_name, now=now
             )
-            keep = Keep(
-                days=settings.retention_days, records=settings.retention_records, logs_mib=settings.retention_logs_mib
-            )
-            app.state.retention = Retention(store, spool, keep, now)
             service = RunnerService(settings, store, feed, spool, reconciler, journal=journal, pools=configured, now=now)
             await journal.open(service.draining)
             stack.push_async_callback(journal.aclose)
             service.url = settings.public_url or url or f"http://{settings.listen}"
             stack.push_async_callback(reconciler.aclose)
             app.state.service, app.state.feed = service, feed
-            app.state.telemetry = Telemetry(feed, lambda: service.pools.by_name, now)
+            app.state.telemetry = telemetry = Telemetry(feed, lambda: service.pools.by_name, now)
+            source = f"urn:runner-launcher:{installation(settings)}"
+            app.state.webhooks = hooks = Webhooks(store, journal, source=source, told=telemetry.webhook_answered, now=now)
+            stack.push_async_callback(hooks.aclose)
+            await hooks.set(targets)
+            keep = Keep(
+                days=settings.retention_days, records=settings.retention_records, logs_mib=settings.retention_logs_mib
+            )
+            app.state.retention = Retention(store, spool, keep, needed=hooks.needs, now=now)
             app.state.authenticator.open(settings)
             if settings.tokens_file:
                 reading = asyncio.create_task(app.state.authenticator.keep_reading(settings.tokens_file), name="token file")
@@ -83,14 +89,15 @@ def create_app(
     app = FastAPI(
         title="Runner Launcher",
         summary="Starts AI coding agents and tells the truth about how each one ended.",
-        version=__version__,
+        version=API_VERSION,
+        license_info={"name": "MIT", "identifier": "MIT"},
         lifespan=lifespan,
         generate_unique_id_function=lambda route: f"{route.tags[0]}_{route.name}" if route.tags else route.name,
     )
     app.state.authenticator = Authenticator(now)
     app.add_middleware(gate.Gate, authenticator=app.state.authenticator, public_url=settings.public_url)
     problems.install(app)
-    for module in (runners, events, pools, engines, retention, health):
+    for module in (runners, events, pools, engines, webhooks, retention, health):
         app.include_router(module.router)
     app.openapi = functools.partial(describe, app)  # type: ignore[method-assign] # FastAPI's own way
     return app

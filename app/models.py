@@ -28,6 +28,7 @@ from app.events import Event
 from app.launcher import EnforcedBy, Handle
 from app.reason import Reason
 from app.runner import Phase, Runner, State
+from app.targets import Told
 
 MAX_DEPTH = 100
 """How deep objects and lists in metadata may nest."""
@@ -315,6 +316,90 @@ class JournalPage(BaseModel):
     revision: int
 
 
+class Notice(BaseModel):
+    """What a webhook tells: an event and its runner. The fields of an end are null before it, as in a record."""
+
+    model_config = _SAY
+
+    runner_id: str
+    task_id: str
+    slot_id: str
+    pool_name: str
+    labels: dict[str, str]
+    revision: int = Field(description="rises with every event; of one runner they arrive in this order")
+    event: str
+    state: State
+    phase: Phase
+    reason: Reason | None
+    message: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    pid: int | None
+    container_id: str | None
+    job_name: str | None
+    exit_code: int | None
+    signal: str | None
+    oom_killed: bool
+    retryable: bool | None
+
+
+class CloudEvent(BaseModel):
+    """A CloudEvent 1.0 in structured mode. ``id`` is the same however often it is sent."""
+
+    model_config = _SAY
+
+    specversion: Literal["1.0"] = "1.0"
+    id: str
+    source: str
+    type: Told
+    subject: str = Field(description="the runner's id")
+    time: datetime
+    datacontenttype: Literal["application/json"] = "application/json"
+    data: Notice
+
+
+class ArrearsRecord(BaseModel):
+    """A runner of which a target did not take an event; ``revision`` is that of the event."""
+
+    model_config = _SAY
+
+    runner_id: str
+    revision: int
+    attempts: int
+    error: str
+    since: datetime
+    retry_at: datetime | None = Field(description="null: parked, until the target is retried")
+
+
+class WebhookRecord(BaseModel):
+    """A target of webhooks, and how far it was told."""
+
+    model_config = _SAY
+
+    name: str
+    url: str
+    events: list[Told]
+    pools: list[str] | None = Field(description="null: all")
+    state: Literal["ok", "failing", "gone"] = Field(description="by its last answer; `gone`: nothing is sent until retried")
+    revision: int = Field(description="it was told all up to here, save its arrears")
+    behind: int = Field(description="events of all runners after that revision")
+    retrying: int = Field(description="runners of which it did not take an event, and is asked again")
+    parked: int = Field(description="runners of which it did not take an event, and is asked no more until retried")
+    delivered_at: datetime | None = Field(description="null: not since the service's start")
+    failed_at: datetime | None
+    error: str | None = Field(description="what came instead of a yes; null once there is one again")
+    arrears: list[ArrearsRecord] = Field(description="the oldest hundred")
+
+
+class WebhookPage(BaseModel):
+    """All targets of webhooks."""
+
+    model_config = _SAY
+
+    items: list[WebhookRecord]
+
+
 class PreviewRecord(BaseModel):
     """What a launch would be, if it were asked for now. Nothing was made, and no engine was asked."""
 
@@ -557,6 +642,44 @@ def event_record(event: Event, *, task_id: str, pool_name: str) -> EventRecord:
         reason=event.reason,
         message=event.message,
         data=event.data,
+    )
+
+
+def cloud_event(event: Event, runner: Runner, told: Told, source: str) -> CloudEvent:
+    """Tell an event to somebody who was not asking. ``runner`` may have gone on since; what came later is left out."""
+    end = event.to_phase is Phase.FINISHED
+    begun = told is Told.STARTED or event.to_phase in (Phase.RUNNING, Phase.STOPPING, Phase.FINISHED)
+    handle = (runner.handle if begun else None) or Handle(runner_id=runner.runner_id)
+    live = State.RUNNING if begun and runner.started_at is not None else State.PENDING
+    return CloudEvent(
+        id=f"{runner.runner_id}-{event.revision}",
+        source=source,
+        type=told,
+        subject=runner.runner_id,
+        time=_moment(event.at),
+        data=Notice(
+            runner_id=runner.runner_id,
+            task_id=runner.task_id,
+            slot_id=runner.slot_id,
+            pool_name=runner.pool_name,
+            labels=runner.labels,
+            revision=event.revision,
+            event=event.type,
+            state=runner.state if end else live,
+            phase=event.to_phase,
+            reason=event.reason,
+            message=event.message,
+            created_at=_moment(runner.created_at),
+            started_at=_time(runner.started_at) if begun else None,
+            finished_at=_time(runner.finished_at) if end else None,
+            pid=handle.pid,
+            container_id=handle.container_id,
+            job_name=handle.job_name,
+            exit_code=runner.exit_code if end else None,
+            signal=runner.signal if end else None,
+            oom_killed=runner.oom_killed and end,
+            retryable=runner.retryable if end else None,
+        ),
     )
 
 

@@ -70,6 +70,7 @@ class _Engine:
     launcher: Launcher
     opened_at: float
     answered_at: float | None = None
+    hinted_at: float | None = None
     away: bool = False
     sweeping: asyncio.Lock = field(default_factory=asyncio.Lock)
     loops: tuple[asyncio.Task[None], ...] = ()
@@ -156,6 +157,11 @@ class Reconciler:
         known = self._engines.get(engine)
         return known.answered_at if known else None
 
+    def hinted_at(self, engine: str) -> float | None:
+        """Say when an engine's watch last told of something; None if not since the start."""
+        known = self._engines.get(engine)
+        return known.hinted_at if known else None
+
     def engines(self) -> dict[str, bool]:
         """Say of every engine in use whether it has answered lately."""
         limit = self._now() - STALE_SECONDS
@@ -167,7 +173,7 @@ class Reconciler:
                 launcher = await asyncio.to_thread(self._open_launcher, name)  # loads the engine's library
                 engine = self._engines[name] = _Engine(launcher, opened_at=self._now())
                 engine.loops = (
-                    asyncio.create_task(self._forever(lambda: self._watch(launcher)), name=f"watch {name}"),
+                    asyncio.create_task(self._forever(lambda: self._watch(engine)), name=f"watch {name}"),
                     asyncio.create_task(self._forever(lambda: self._resync(name, engine)), name=f"resync {name}"),
                 )
             return self._engines[name]
@@ -219,8 +225,9 @@ class Reconciler:
         first, longest = BACKOFF_SECONDS
         return random.uniform(first / 2, min(longest, first * 2 ** min(failures, 30)))  # noqa: S311 - spreads load
 
-    async def _watch(self, launcher: Launcher) -> None:
-        async for runner_id in launcher.watch():
+    async def _watch(self, engine: _Engine) -> None:
+        async for runner_id in engine.launcher.watch():
+            engine.hinted_at = self._now()
             self._queue.add(runner_id)
 
     async def _resync(self, name: str, engine: _Engine) -> None:

@@ -7,7 +7,7 @@ between leaves a record without a log, which the next sweep finds, and never a l
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 
 from app.errors import Unavailable
@@ -44,9 +44,18 @@ class Outdated:
 
 
 class Retention:
-    """Forgets what need not be kept."""
+    """Forgets what need not be kept. ``needed`` names a revision behind which all is needed still, and runners that are."""
 
-    def __init__(self, store: Store, spool: Spool, keep: Keep, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        store: Store,
+        spool: Spool,
+        keep: Keep,
+        *,
+        needed: Callable[[], tuple[int | None, Collection[str]]],
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._needed = needed
         self._store = store
         self._spool = spool
         self._keep = keep
@@ -83,9 +92,11 @@ class Retention:
         place: int | None = 0
         ended_before = None if self._keep.days is None else now - self._keep.days * DAY
         while place is not None:
-            batch, place = await self._store.outdated(
-                ended_before, self._keep.records, fresh=now - FRESH_SECONDS, after=place, limit=BATCH
+            told, owed = self._needed()
+            found, place = await self._store.outdated(
+                ended_before, self._keep.records, fresh=now - FRESH_SECONDS, told=told, after=place, limit=BATCH
             )
+            batch = [runner_id for runner_id in found if runner_id not in owed]
             if not dry_run:
                 await asyncio.to_thread(self._spool.forget, batch)
                 await self._store.forget(batch)

@@ -5,7 +5,7 @@ The unique indexes over live rows are the slot guard: they hold even against a d
 
 from sqlalchemy import Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, text
 
-HEAD = "0003"
+HEAD = "0004"
 """The migration that this code expects; a test compares it with the scripts."""
 
 metadata = MetaData()
@@ -91,4 +91,25 @@ pool_switches = Table(  # a pool switched on or off by hand, which beats the fil
     metadata,
     Column("pool_name", String, primary_key=True),
     Column("enabled", Boolean, nullable=False),
+)
+
+webhook_targets = Table(  # up to which revision each was told all that it is not owed still
+    "webhook_targets",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("place", Integer, nullable=False),
+    Column("gone", Boolean, nullable=False),
+)
+
+webhook_arrears = Table(  # whose events, from which revision on, a target did not take
+    "webhook_arrears",
+    metadata,
+    Column("target", String, primary_key=True),
+    Column("runner_id", String, primary_key=True),
+    Column("revision", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("error", Text, nullable=False),
+    Column("since", Float, nullable=False),
+    Column("retry_at", Float, nullable=False),
+    Column("parked", Boolean, nullable=False),
 )

@@ -1,6 +1,7 @@
 """The server: listens, serves an application until a signal ends it, and lets streams end with a farewell."""
 
 import asyncio
+import functools
 import logging
 import signal
 import socket
@@ -11,10 +12,12 @@ import uvicorn
 from fastapi import FastAPI
 from typing_extensions import override
 
+from app.connection import Connection
 from app.errors import ConfigurationError
 from app.main import create_app
 from app.service import RunnerService
 from app.settings import Settings
+from app.targets import load_targets
 
 log = logging.getLogger("app")
 
@@ -49,7 +52,7 @@ async def serve_until_told(settings: Settings, create: Callable[..., FastAPI] = 
         config = uvicorn.Config(
             app,
             lifespan="off",  # opened here, so that what goes wrong there is told in one line
-            http="httptools",
+            http=functools.partial(Connection, most=settings.max_connections),  # type: ignore[arg-type] # makes one
             loop="asyncio",  # uvloop starts processes by a slow fork
             log_config=None,
             access_log=False,
@@ -82,14 +85,18 @@ def _handle_signals(server: _Server, app: FastAPI, settings: Settings) -> None:
         server.force_exit = server.should_exit
         server.should_exit = True
 
+    async def reload_webhooks() -> None:
+        await app.state.webhooks.set(await asyncio.to_thread(load_targets, settings.webhooks_file))
+
     async def reload() -> None:
         service: RunnerService = app.state.service
-        try:
-            await service.reload_pools(settings.pools_file)
-        except ConfigurationError as error:
-            log.error("the pools stay as they were: %s", error)  # noqa: TRY400 - it says all there is
-        else:
-            log.info("the pools were read again")
+        for what, read in (("pools", service.reload_pools(settings.pools_file)), ("webhooks", reload_webhooks())):
+            try:
+                await read
+            except ConfigurationError as error:
+                log.error("the %s stay as they were: %s", what, error)  # noqa: TRY400 - it says all there is
+            else:
+                log.info("the %s were read again", what)
 
     reloads: set[asyncio.Task[None]] = set()
 

@@ -88,6 +88,8 @@ class Settings(BaseSettings):
     allow_inline_pools: bool = False
     auth: Literal["on", "off"] = "on"
     tokens_file: Path | None = None
+    webhooks_file: Path | None = None
+    max_connections: Annotated[int, Field(ge=1)] = 8192
     public_url: WebAddress | None = None
     node: str = Field(default_factory=socket.gethostname)
     retention_days: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, _OrOff] = 30

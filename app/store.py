@@ -18,7 +18,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +35,19 @@ from app.pools import Usage
 from app.reason import Reason
 from app.runner import LIVE as LIVE_PHASES
 from app.runner import PLACED, Phase, Runner, State, admitted
-from app.schema import HEAD, LIVE, events, history, idempotency_keys, pool_switches, runner_labels, runners, specs
+from app.schema import (
+    HEAD,
+    LIVE,
+    events,
+    history,
+    idempotency_keys,
+    pool_switches,
+    runner_labels,
+    runners,
+    specs,
+    webhook_arrears,
+    webhook_targets,
+)
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +101,22 @@ class Filter:
     since: float | None = None
     before: int | None = None
     limit: int = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrears:
+    """What a webhook target is owed of one runner: its events from ``revision`` on, which were told to fail so often.
+
+    ``parked``: they wait for somebody who says that they are to be tried again. Times are seconds since the epoch.
+    """
+
+    runner_id: str
+    revision: int
+    attempts: int
+    error: str
+    since: float
+    retry_at: float
+    parked: bool
 
 
 class Store:
@@ -196,6 +224,45 @@ class Store:
 
         await self._write(write)
 
+    # Webhooks: how far each target was told, and of which runners it is owed something before that.
+
+    async def webhook_place(self, target: str) -> tuple[int | None, bool]:
+        """Give the revision up to which a target was told all but its arrears, None if never, and whether it is gone."""
+        query = sa.select(webhook_targets.c.place, webhook_targets.c.gone).where(webhook_targets.c.name == target)
+        row = await self._read(lambda connection: connection.execute(query).first())
+        return (row.place, row.gone) if row else (None, False)
+
+    async def place_webhook(self, target: str, place: int, *, gone: bool = False) -> None:
+        """Note how far a target was told; ``gone``: it said that it wants to hear no more."""
+
+        def write(connection: Connection, _: list[Change]) -> None:
+            values = {"place": place, "gone": gone}
+            row = sa.update(webhook_targets).where(webhook_targets.c.name == target)
+            if connection.execute(row.values(values)).rowcount == 0:
+                connection.execute(sa.insert(webhook_targets).values(name=target, **values))
+
+        await self._write(write)
+
+    async def webhook_arrears(self, target: str) -> list[Arrears]:
+        """Give what a target is owed, the oldest first."""
+        columns = [column for column in webhook_arrears.c if column.name != "target"]
+        query = sa.select(*columns).where(webhook_arrears.c.target == target).order_by(webhook_arrears.c.revision)
+        rows = await self._read(lambda connection: connection.execute(query).all())
+        return [Arrears(**row._mapping) for row in rows]  # noqa: SLF001 - a row's own way
+
+    async def owe_webhook(self, target: str, arrears: Arrears) -> None:
+        """Note what a target is owed of one runner, in place of what was noted before."""
+
+        def write(connection: Connection, _: list[Change]) -> None:
+            connection.execute(_arrears_of(target, arrears.runner_id))
+            connection.execute(sa.insert(webhook_arrears).values(target=target, **asdict(arrears)))
+
+        await self._write(write)
+
+    async def settle_webhook(self, target: str, runner_id: str) -> None:
+        """Note that a target is owed nothing of a runner any more."""
+        await self._write(lambda connection, _: connection.execute(_arrears_of(target, runner_id)))
+
     # Reads.
 
     async def get(self, runner_id: str) -> Runner:
@@ -281,15 +348,15 @@ class Store:
         return [(_event_of(row), row.task_id, row.pool_name) for row in rows]
 
     async def outdated(
-        self, ended_before: float | None, keep: int | None, *, fresh: float, after: int, limit: int
+        self, ended_before: float | None, keep: int | None, *, fresh: float, told: int | None, after: int, limit: int
     ) -> tuple[list[str], int | None]:
         """Give ended runners of which nothing is left elsewhere: those ended before then, and all but the newest so many.
 
-        Of the latter, none that ended since ``fresh``. The oldest launches come first. ``after`` is a place among them;
-        gives the place to go on from, None at the end.
+        Of the latter, none that ended since ``fresh``; of both, none that changed after the revision ``told``. The oldest
+        launches come first. ``after`` is a place among them; gives the place to go on from, None at the end.
         """
         return await self._read(
-            lambda connection: _outdated(connection, ended_before, keep, fresh=fresh, after=after, limit=limit)
+            lambda connection: _outdated(connection, ended_before, keep, fresh=fresh, told=told, after=after, limit=limit)
         )
 
     async def usage(self) -> dict[str, Usage]:
@@ -464,6 +531,10 @@ def _migrate(engine: Engine) -> None:
 # What happens inside a transaction.
 
 
+def _arrears_of(target: str, runner_id: str) -> sa.Delete:
+    return sa.delete(webhook_arrears).where(webhook_arrears.c.target == target, webhook_arrears.c.runner_id == runner_id)
+
+
 def _intend(intent: Intent, connection: Connection, changes: list[Change]) -> tuple[Runner, bool]:
     if intent.key and (known := _replayed(connection, intent.caller, intent.key, intent.request_sha256)):
         return known, True
@@ -549,14 +620,15 @@ def _change(
     if silent and current.last_heartbeat != old.last_heartbeat:
         return None  # it was heard of while its silence was judged
     new = replace(new, last_heartbeat=current.last_heartbeat)
+    stop = None if new.phase is Phase.FINISHED else new.stop  # it may have ended by itself before
     event = Event(
         runner_id=old.runner_id,
         at=at,
         type=event_type,
         from_phase=old.phase,
         to_phase=new.phase,
-        reason=new.reason or (new.stop.reason if new.stop else None),
-        message=new.message or (new.stop.message if new.stop else None),
+        reason=new.reason or (stop.reason if stop else None),
+        message=new.message or (stop.message if stop else None),
         data=data or {},
     )
     event = _append(connection, event)
@@ -571,7 +643,14 @@ def _change(
 
 
 def _outdated(
-    connection: Connection, ended_before: float | None, keep: int | None, *, fresh: float, after: int, limit: int
+    connection: Connection,
+    ended_before: float | None,
+    keep: int | None,
+    *,
+    fresh: float,
+    told: int | None,
+    after: int,
+    limit: int,
 ) -> tuple[list[str], int | None]:
     newest_first = sa.select(runners.c.seq).order_by(runners.c.created_at.desc()).limit(1)  # an index that holds just this
     by_number = by_age = 0  # up to which place a bound can reach
@@ -581,6 +660,8 @@ def _outdated(
         by_age = connection.execute(newest_first.where(runners.c.created_at < ended_before)).scalar() or 0
     query = _whole().add_columns(runners.c.seq).where(runners.c.phase == Phase.FINISHED, runners.c.cleaned)
     query = query.where(runners.c.seq > after, runners.c.seq <= max(by_number, by_age))
+    if told is not None:
+        query = query.where(runners.c.revision <= told)
     rows = connection.execute(query.order_by(runners.c.seq).limit(limit)).all()
     found = []
     for row in rows:

@@ -4,10 +4,11 @@ Each application has a registry of its own. Pools that only came with a request 
 many series as there are names.
 """
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
 from app.engines import EngineState
@@ -15,6 +16,7 @@ from app.events import Change, Feed
 from app.pools import Pool
 from app.runner import Phase, Runner
 from app.service import PoolState
+from app.webhooks import TargetState
 
 INLINE = "(inline)"
 
@@ -60,14 +62,39 @@ class Telemetry:
         self._enabled = gauge("pool_enabled", "Whether a pool is switched on", "pool")
         self._answers = gauge("engine_answers", "Whether an engine answers", "engine")
         self._age = gauge("engine_answer_age_seconds", "Since an engine's last answer", "engine")
-        self._streams = gauge("event_streams", "Open streams of all events")
+        self._hint_age = gauge("engine_watch_age_seconds", "Since an engine's watch last told of a change", "engine")
+        self._streams = gauge("event_streams", "Who follows all events: open streams, and targets of webhooks")
+        self._told = counter("webhook_answers", "Events sent, by what the target said", "target", "outcome")
+        self._behind = gauge("webhook_behind", "Events of all runners that a target was not told yet", "target")
+        self._retrying = gauge("webhook_retrying_runners", "Runners of which a target did not take an event yet", "target")
+        self._parked = gauge("webhook_parked_runners", "Runners whose events wait for somebody to try again", "target")
+        self._gone = gauge("webhook_gone", "Whether a target said that it wants to hear no more", "target")
         self._revision = gauge("revision", "The newest revision that was told")
+        self._scraping = asyncio.Lock()
+        ProcessCollector(registry=registry)
         feed.listen(self._changed)
 
-    def exposition(
-        self, accept: str, pools: Sequence[PoolState], engines: Sequence[EngineState], streams: int
+    async def exposition(
+        self,
+        accept: str,
+        pools: Sequence[PoolState],
+        engines: Sequence[EngineState],
+        streams: int,
+        targets: Sequence[TargetState],
     ) -> tuple[bytes, str]:
         """Write all figures in the format that a scraper accepts; gives them and their media type."""
+        async with self._scraping:  # what one scrape has set, the next must not clear while it is written
+            self._read_off(pools, engines, streams, targets)
+            encode, media_type = choose_encoder(accept)
+            return await asyncio.to_thread(encode, self._registry), media_type
+
+    def _read_off(
+        self,
+        pools: Sequence[PoolState],
+        engines: Sequence[EngineState],
+        streams: int,
+        targets: Sequence[TargetState],
+    ) -> None:
         self._streams.set(streams)
         for each in (
             self._running,
@@ -78,6 +105,11 @@ class Telemetry:
             self._enabled,
             self._answers,
             self._age,
+            self._hint_age,
+            self._behind,
+            self._retrying,
+            self._parked,
+            self._gone,
         ):
             each.clear()  # a pool may have been taken out of its file
         for state in pools:
@@ -92,8 +124,18 @@ class Telemetry:
             self._answers.labels(engine.name).set(engine.answers)
             if engine.answered_at is not None:
                 self._age.labels(engine.name).set(max(0.0, self._now() - engine.answered_at))
-        encode, media_type = choose_encoder(accept)
-        return encode(self._registry), media_type
+            if engine.hinted_at is not None:
+                self._hint_age.labels(engine.name).set(max(0.0, self._now() - engine.hinted_at))
+        for target in targets:
+            name, parked = target.target.name, sum(each.parked for each in target.arrears)
+            self._behind.labels(name).set(target.behind)
+            self._retrying.labels(name).set(len(target.arrears) - parked)
+            self._parked.labels(name).set(parked)
+            self._gone.labels(name).set(target.gone)
+
+    def webhook_answered(self, target: str, outcome: str) -> None:
+        """Count what a target said to an event."""
+        self._told.labels(target, outcome).inc()
 
     def _changed(self, change: Change) -> None:
         runner, event = change.runner, change.event

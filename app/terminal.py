@@ -20,12 +20,14 @@ from rich.table import Table
 from rich.text import Text
 from runner_launcher_client import (
     Event,
+    NotFoundError,
     PoolStatus,
     Runner,
     RunnerLauncherClient,
     RunnerLauncherError,
     RunnerLaunchError,
     RunnerState,
+    Webhook,
 )
 from typing_extensions import override
 
@@ -75,6 +77,18 @@ class Terminal:
             self._id(runner)
         self.say(f"{runner.runner_id} {_in_words(runner)}")
         return FAILED if wait and runner.state is RunnerState.FAILED else None
+
+    async def preview(self, request: Mapping[str, Any]) -> None:
+        """Show what a launch would be."""
+        preview = await self.client.preview(request["task"], request["slot"], request["pool"])
+        if self._as_json:
+            self._json(preview.to_dict())
+            return
+        self._record({"pool": preview.pool_name, "engine": preview.engine, "refusal": preview.refusal})
+        for head, told in (("What the engine would be sent", preview.request), ("Task context", preview.task_context)):
+            if told:
+                self._out.print(Text(f"\n{head}:", style="bold"))
+                self._out.print(Text(json.dumps(told, ensure_ascii=False, indent=2)), soft_wrap=True)
 
     async def ps(self, wanted: Mapping[str, str | None], states: Sequence[str | None], limit: int) -> None:
         """List runners in any of these states, newest first; None: all."""
@@ -217,6 +231,23 @@ class Terminal:
                 for engine in found
             )
             self._table(("ENGINE", "POOLS", "ANSWERS", "HEARD", "WHAT"), rows, empty="no engine is in use")
+
+    async def webhooks(self, name: str | None, *, retry: bool) -> int | None:
+        """Show who is told of runners, one of them in full."""
+        found = (await self.client.retry_webhook(name),) if name and retry else await self.client.webhooks()
+        if name:
+            found = tuple(each for each in found if each.name == name)
+            if not found:
+                raise NotFoundError(f"no webhook target named {name} is configured")
+        if self._as_json:
+            told = [each.to_dict() for each in found]
+            self._json(told[0] if name else told)
+        elif name:
+            self._record(found[0].to_dict())
+        else:
+            heads = ("TARGET", "URL", "IS", "BEHIND", "RETRYING", "PARKED", "ERROR")
+            self._table(heads, map(_webhook, found), empty="nobody is told of runners")
+        return None
 
     # What goes on.
 
@@ -381,6 +412,12 @@ def _pool(pool: PoolStatus) -> Sequence[str | Text]:
         _use(pool.cpu_usage, pool.cpu_quota),
         _use(pool.memory_usage, pool.memory_quota),
     )
+
+
+def _webhook(target: Webhook) -> Sequence[str | Text]:
+    state = Text(target.state, style=STYLES["on" if target.state == "ok" else "failed"])
+    counts = (str(count) for count in (target.behind, target.retrying, target.parked))
+    return (target.name, target.url, state, *counts, target.error or "")
 
 
 def _use(used: float | None, quota: float | None) -> str:

@@ -7,6 +7,7 @@ A YAML list. Of each token it holds the SHA-256 alone, so the file tells nobody 
       scopes: [launch, read]      # of launch, read, stop, admin
       pools: [local]              # optional: nothing else is seen or touched
       expires: 2027-01-01         # optional: a date (its beginning, UTC) or a time
+      rate: 20                    # optional: calls a second, and as many at once
 """
 
 import hmac
@@ -51,6 +52,7 @@ class _Entry(BaseModel):
     scopes: Annotated[frozenset[Scope], Field(min_length=1)]
     pools: frozenset[str] | None = None
     expires: Annotated[datetime, BeforeValidator(_moment)] | None = None
+    rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 _entries = TypeAdapter(list[_Entry])
@@ -85,7 +87,7 @@ def load_tokens(path: Path) -> tuple[Token, ...]:
         raise ConfigurationError(f"{path}: not YAML") from error  # whose text may hold a token written there by mistake
     return tuple(
         Token(
-            Caller(entry.name, entry.scopes, entry.pools),
+            Caller(entry.name, entry.scopes, entry.pools, entry.rate),
             entry.sha256,
             None if entry.expires is None else entry.expires.timestamp(),
         )

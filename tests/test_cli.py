@@ -326,6 +326,38 @@ async def test_engines_are_shown(server: Served) -> None:
     assert (await run.run("engines", "--json")).json[0]["answers"] is True
 
 
+async def test_a_launch_can_be_looked_at_before_it_is_made(server: Served, place: Path) -> None:
+    run = at(server)
+    told = await run.run("launch", "--dry-run", launch_file(place))
+    assert (told.code, told.err) == (OK, "")
+    assert "agent.sh" in told.out
+    assert "task_context" not in told.out
+    shown = (await run.run("launch", "--dry-run", "--json", launch_file(place))).json
+    assert shown["request"]["command"] == ["sh", "agent.sh"]
+    assert shown["request"]["environment"]["RUNNER_TOKEN"] == "(hidden)"  # noqa: S105 - which is what is shown of it
+    assert (await run.run("ps", "--all", "--slot-id", place.name, "--json")).json == []
+
+
+async def test_targets_of_webhooks_are_shown_and_tried_again(serve: Serve, slot: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("whsec_" + "QUFB" * 10)
+    (tmp_path / "hooks.yaml").write_text('[{"name": "registry", "url": "http://127.0.0.1:9/", "secret_file": "secret"}]')
+    async with serve(WEBHOOKS_FILE=str(tmp_path / "hooks.yaml")) as service:
+        run = at(service)
+        await run.launched("--wait", launch_file(slot))
+
+        async def failing() -> bool:
+            return bool((await run.run("webhooks", "--json")).json[0]["state"] == "failing")
+
+        await until(failing)
+        head, row = (await run.run("webhooks")).out.splitlines()
+        assert head.split() == ["TARGET", "URL", "IS", "BEHIND", "RETRYING", "PARKED", "ERROR"]
+        assert row.startswith("registry ")
+        assert "state: " in (await run.run("webhooks", "registry", "--retry")).out
+        assert (await run.run("webhooks", "nobody", "--retry")).code == NOT_FOUND
+        assert (await run.run("webhooks", "nobody")).code == NOT_FOUND
+        assert (await run.run("webhooks", "--retry")).code == USAGE
+
+
 async def test_what_a_terminal_cannot_show_is_shown_as_well_as_it_can(server: Served, place: Path) -> None:
     run = at(server, PYTHONIOENCODING="ascii")
     ended = await run.run("launch", "--wait", launch_file(place, slot_id="плотник"))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import httpx
-from conftest import Serve, Service, finished, launch_body, launched, local_pool, problem, until
+from conftest import Json, Serve, Service, finished, launch_body, launched, local_pool, problem, record_of, until
 from prometheus_client.parser import text_string_to_metric_families
 
 FOREVER = "sleep 1000"
@@ -27,6 +27,10 @@ def of(figures: Figures, name: str, **labels: str) -> float | None:
     return figures.get((name, tuple(sorted(labels.items()))))
 
 
+async def is_running(client: httpx.AsyncClient, runner: Json) -> bool:
+    return bool((await record_of(client, runner))["phase"] == "running")
+
+
 async def test_launches_and_ends_are_counted_and_timed(service: Service, slot: Path) -> None:
     pools = {"local": local_pool(quotas={"memory_quota": 64}), "broken": local_pool(command=["no-such-command"])}
     async with service(pools) as client:
@@ -34,6 +38,7 @@ async def test_launches_and_ends_are_counted_and_timed(service: Service, slot: P
         await finished(client, await launched(client, launch_body(slot, "exit 3")))
         problem(await client.post("/runners", json=launch_body(slot, pool="broken")), 422, "launch-rejected")
         live = await launched(client, launch_body(slot, FOREVER))
+        await until(lambda: is_running(client, live))
         figures = await scraped(client)
         assert of(figures, "launches_total", pool="local", outcome="started", reason="") == 3
         assert of(figures, "launches_total", pool="broken", outcome="failed", reason="launch_rejected") == 1
@@ -48,6 +53,8 @@ async def test_launches_and_ends_are_counted_and_timed(service: Service, slot: P
         assert of(figures, "pool_queued", pool="local") == 0
         assert of(figures, "engine_answers", engine="local-process") == 1
         assert 0 <= (of(figures, "engine_answer_age_seconds", engine="local-process") or -1) < 60
+        assert 0 <= (of(figures, "engine_watch_age_seconds", engine="local-process") or 0) < 60
+        assert (of(figures, "process_resident_memory_bytes") or 0) > 1
         assert of(figures, "revision") == (await client.get("/events", params={"limit": 500})).json()["revision"]
         assert of(figures, "event_lag_seconds_count") == of(figures, "revision")
         await client.delete(live["links"]["self"])

@@ -36,7 +36,7 @@ def test_nothing_said(tmp_path: Path) -> None:
     assert settings.slot_roots == ()
     assert settings.auth == "on"
     assert not settings.allow_inline_pools
-    assert (settings.pools_file, settings.tokens_file, settings.public_url) == (None, None, None)
+    assert (settings.pools_file, settings.tokens_file, settings.webhooks_file, settings.public_url) == (None,) * 4
     assert settings.node
 
 

@@ -694,7 +694,7 @@ QUERIES: dict[str, Callable[[Store, Runner, Runner], Awaitable[object]]] = {
     "named": lambda store, runner, _: store.named(runner.runner_id),
     "events": lambda store, _, __: store.events(3, 100),
     "span": lambda store, _, __: store.span(),
-    "outdated": lambda store, _, __: store.outdated(1.0, None, fresh=1.0, after=0, limit=10),
+    "outdated": lambda store, _, __: store.outdated(1.0, None, fresh=1.0, told=None, after=0, limit=10),
     "forget whole": lambda store, runner, _: store.forget([runner.runner_id]),
     "spec": lambda store, runner, _: store.spec(runner.runner_id),
     "unclean": lambda store, _, __: store.unclean(),
@@ -836,13 +836,29 @@ async def test_labels_of_before_there_was_a_table_of_them_are_found(path: Path) 
     async with opened(path) as store:
         await add(store, 1, labels={"team": "core"})
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.executescript(
-            "DROP TABLE runner_labels; DROP TABLE history; DROP INDEX idempotency_keys_runner;"
-            "UPDATE alembic_version SET version_num = '0001'"
-        )
+        for name in ("runner_labels", "history", "webhook_targets", "webhook_arrears"):
+            connection.execute(f"DROP TABLE {name}")
+        connection.execute("DROP INDEX idempotency_keys_runner")
+        connection.execute("UPDATE alembic_version SET version_num = '0001'")
+        connection.commit()
     async with opened(path) as store:
         page, _ = await store.page(Filter(labels=(("team", "core"),)))
         assert [runner.runner_id for runner in page] == [make(1).runner_id]
+
+
+async def test_an_end_that_came_before_a_stop_is_not_told_as_that_stop(store: Store) -> None:
+    runner = await add(store)
+    asked = await changed(store, runner, stop_asked(accepted(runner, Handle(runner_id=runner.runner_id), T), "stop", 10, T))
+    await changed(store, asked, finished(asked, None, None, T))
+    stop, end = (await store.history(runner.runner_id))[-2:]
+    assert (stop.reason, stop.message) == (Reason.CANCELLED, "stop")
+    assert (end.reason, end.message) == (None, None)
+
+
+async def changed(store: Store, old: Runner, new: Runner) -> Runner:
+    written = await store.change(old, new, "changed", T)
+    assert written
+    return written
 
 
 def indexes(path: Path) -> set[tuple[str, str]]:
@@ -906,11 +922,13 @@ async def test_the_newest_are_kept_and_whoever_ended_just_now(store: Store) -> N
         await leave(store, runner, at=10.0 * number)
     ids = [runner.runner_id for runner in runners]
 
-    async def outdated(ended_before: float | None, keep: int | None, fresh: float = 1000.0) -> list[str]:
+    async def outdated(
+        ended_before: float | None, keep: int | None, fresh: float = 1000.0, told: int | None = None
+    ) -> list[str]:
         found: list[str] = []
         place: int | None = 0
         while place is not None:
-            some, place = await store.outdated(ended_before, keep, fresh=fresh, after=place, limit=2)
+            some, place = await store.outdated(ended_before, keep, fresh=fresh, told=told, after=place, limit=2)
             found += some
         return found
 
@@ -920,6 +938,8 @@ async def test_the_newest_are_kept_and_whoever_ended_just_now(store: Store) -> N
     assert await outdated(None, 0) == ids[:4]
     assert await outdated(None, 0, fresh=25.0) == ids[:2]
     assert await outdated(35.0, 4) == ids[:3]
+    second = await store.get(ids[1])
+    assert await outdated(None, 0, told=second.revision) == ids[:2]
 
 
 async def test_only_what_ended_and_is_cleaned_up_is_forgotten(store: Store) -> None:

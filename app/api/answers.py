@@ -2,18 +2,22 @@
 
 import base64
 from http import HTTPStatus
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from app.api import examples
 from app.caller import Caller
 from app.errors import Fault, InvalidRequest
-from app.models import Problem, RunnerRecord, runner_record
+from app.models import CloudEvent, Problem, RunnerRecord, runner_record
 from app.runner import Runner
 from app.service import RunnerService
+
+API_VERSION = "0.2.0"
+"""The version of the HTTP interface, apart from that of the program: whatever changes in the one raises it."""
 
 
 def service_of(request: Request) -> RunnerService:
@@ -70,19 +74,55 @@ def problems(*statuses: int) -> dict[int | str, dict[str, object]]:
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {
         status: {"description": HTTPStatus(status).phrase, "content": content}
-        for status in sorted({400, 401, 403, 422, *statuses})
+        for status in sorted({400, 401, 403, 422, 429, *statuses})
     }
+
+
+WEBHOOK: dict[str, Any] = {
+    "tags": ["webhooks"],
+    "summary": "What targets of webhooks are told",
+    "description": (
+        "Of one runner in order, each at least once: `webhook-id`, which is the event's `id`, tells a repeat. Anything but "
+        "2xx, or no answer in time, is tried again, ever more slowly; 410 ends it; `Retry-After` is heeded."
+    ),
+    "operationId": "webhooks_told",
+    "security": [],
+    "parameters": [
+        {"name": name, "in": "header", "required": True, "description": text, "schema": {"type": "string"}}
+        for name, text in {
+            "webhook-id": "the event's id",
+            "webhook-timestamp": "seconds since the epoch, of this try",
+            "webhook-signature": "`v1,` and HMAC-SHA256 of `ID.TIMESTAMP.BODY` in base64; by each secret, a space between",
+        }.items()
+    ],
+    "requestBody": {
+        "required": True,
+        "content": {"application/cloudevents+json": {"schema": {"$ref": "#/components/schemas/CloudEvent"}}},
+    },
+    "responses": {"2XX": {"description": "Taken; the body is not looked at"}},
+}
+"""What OpenAPI says of the calls that this service makes (the signature is that of Standard Webhooks)."""
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
     """Tell in OpenAPI also what routes cannot: the shape of problems, and that a token is needed."""
     if not app.openapi_schema:
-        described = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        described = get_openapi(
+            title=app.title,
+            version=app.version,
+            summary=app.summary,
+            license_info=app.license_info,
+            servers=[{"url": "/"}],
+            routes=app.routes,
+        )
         components = described["components"]
-        shapes = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")[1]["$defs"]
+        told: list[tuple[type[BaseModel], Literal["serialization"]]]
+        told = [(Problem, "serialization"), (CloudEvent, "serialization")]
+        shapes = models_json_schema(told, ref_template="#/components/schemas/{model}")[1]["$defs"]
         components["schemas"] = dict(sorted({**components["schemas"], **shapes}.items()))
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         described["security"] = [{"token": []}]
+        described["webhooks"] = {"runner": {"post": WEBHOOK}}
         examples.add(described)
         app.openapi_schema = described
     return app.openapi_schema

@@ -8,7 +8,9 @@ from pydantic import BaseModel
 
 from app.api import plain
 from app.models import (
+    ArrearsRecord,
     AttemptRecord,
+    CloudEvent,
     DiagnosisRecord,
     EnforcementRecord,
     EnginePage,
@@ -20,6 +22,7 @@ from app.models import (
     JournalPage,
     LimitsRecord,
     LinksRecord,
+    Notice,
     PoolPage,
     PoolRecord,
     PreviewRecord,
@@ -30,9 +33,12 @@ from app.models import (
     RunnerRecord,
     StrayRecord,
     SweepReport,
+    WebhookPage,
+    WebhookRecord,
 )
 from app.reason import Reason
 from app.runner import Phase, State
+from app.targets import Told
 
 _ID = "runner-3f9c1a7be204"
 _AT = datetime(2026, 1, 5, 9, 30, tzinfo=UTC)
@@ -98,6 +104,60 @@ POOL = PoolRecord(
     memory_quota=512,
     queued=0,
 )
+NOTICE = CloudEvent(
+    id=f"{_ID}-42",
+    source="urn:runner-launcher:5f3a9c0b7d21",
+    type=Told.FAILED,
+    subject=_ID,
+    time=_AT.replace(second=5),
+    data=Notice(
+        runner_id=_ID,
+        task_id="7",
+        slot_id="example-slot1",
+        pool_name="local",
+        labels={"team": "core"},
+        revision=42,
+        event="finished",
+        state=State.FAILED,
+        phase=Phase.FINISHED,
+        reason=Reason.EXIT_NONZERO,
+        message="exited with code 3",
+        created_at=_AT,
+        started_at=_AT.replace(second=1),
+        finished_at=_AT.replace(second=5),
+        pid=4242,
+        container_id=None,
+        job_name=None,
+        exit_code=3,
+        signal=None,
+        oom_killed=False,
+        retryable=False,
+    ),
+)
+WEBHOOK = WebhookRecord(
+    name="task-registry",
+    url="https://registry.example.org/hooks/runners",
+    events=[Told.COMPLETED, Told.FAILED],
+    pools=None,
+    state="failing",
+    revision=41,
+    behind=1,
+    retrying=1,
+    parked=0,
+    delivered_at=_AT,
+    failed_at=_AT.replace(second=6),
+    error="HTTP 500: out of order",
+    arrears=[
+        ArrearsRecord(
+            runner_id=_ID,
+            revision=38,
+            attempts=1,
+            error="HTTP 500: out of order",
+            since=_AT.replace(second=6),
+            retry_at=_AT.replace(second=7),
+        )
+    ],
+)
 ANSWERS: tuple[BaseModel, ...] = (
     RUNNER,
     RunnerPage(items=[RUNNER], next_cursor="NDI"),
@@ -149,6 +209,8 @@ ANSWERS: tuple[BaseModel, ...] = (
         request={"command": ["python3", "-m", "my_agent"], "working_dir": "/slots/slot1"},
         task_context={"task_id": "7", "task_title": "Add a greeting"},
     ),
+    WEBHOOK,
+    WebhookPage(items=[WEBHOOK]),
     Readiness(ready=True, engines={"local-process": True}),
 )
 LAUNCH = {
@@ -190,6 +252,8 @@ def refusal(status: int) -> Problem:
 
 def add(description: dict[str, Any]) -> None:
     """Put an example beside every shape in an OpenAPI description."""
+    for content in description["webhooks"]["runner"]["post"]["requestBody"]["content"].values():
+        content["example"] = NOTICE.model_dump(mode="json")
     shown = {type(answer).__name__: answer for answer in ANSWERS}
     for operation in (operation for methods in description["paths"].values() for operation in methods.values()):
         for content in operation.get("requestBody", {}).get("content", {}).values():

@@ -9,6 +9,7 @@ import logging
 import re
 import secrets
 import socket
+import time
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
@@ -20,7 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api import plain
 from app.api.auth import NOBODY, Authenticator, needed
 from app.api.problems import answer
-from app.errors import ContextTooLarge, InvalidRequest, NotPermitted, RequestRefused
+from app.caller import Caller
+from app.errors import ContextTooLarge, InvalidRequest, NotPermitted, RequestRefused, TooManyCalls
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 """Room for the largest context, also when a client writes every character beyond ASCII as an escape."""
@@ -43,6 +45,7 @@ class Gate:
     def __init__(self, app: ASGIApp, authenticator: Authenticator, public_url: str | None) -> None:
         self._app = app
         self._authenticator = authenticator
+        self._due: dict[str, float] = {}
         names = {"localhost", socket.gethostname().lower(), urlsplit(public_url or "").hostname or "localhost"}
         self._names = frozenset(names)
 
@@ -92,9 +95,21 @@ class Gate:
         else:
             scope["caller"] = self._authenticator.caller(headers.get("authorization"))
             scope["caller"].require(needed(scope["method"], scope["path"]))
+            self._count(scope["caller"])
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if (length != "0" or "transfer-encoding" in headers) and kind != "application/json":
             raise InvalidRequest("the body must be application/json, and say so in Content-Type", code="content-type")
+
+    def _count(self, caller: Caller) -> None:
+        """Refuse a call beyond a caller's rate. What is kept is when their calls so far are worked off at that rate."""
+        if caller.rate is None:
+            return
+        now = time.monotonic()
+        due = max(now, self._due.get(caller.name, now)) + 1 / caller.rate
+        if (early := due - now - max(1.0, 1 / caller.rate)) > 0:
+            text = f"the token of {caller.name} is for {caller.rate:g} calls a second"
+            raise TooManyCalls(text, retry_after=early)
+        self._due[caller.name] = due
 
     def _check_names(self, headers: Mapping[str, str]) -> None:
         host = _host(f"//{headers.get('host', '')}")

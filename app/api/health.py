@@ -26,11 +26,12 @@ async def livez() -> dict[str, str]:
 async def metrics(request: Request, service: Service, who: Who) -> Response:
     if who.pools is not None:
         raise NotPermitted(f"the token of {who.name} is for some pools, and figures tell of all", code="pool-not-permitted")
-    text, media_type = request.app.state.telemetry.exposition(
+    text, media_type = await request.app.state.telemetry.exposition(
         request.headers.get("accept", ""),
         await service.pool_states(who),
         service.engine_states(who),
         service.journal.followers,
+        request.app.state.webhooks.states(),
     )
     return Response(text, media_type=media_type)
 

@@ -10,7 +10,17 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 from starlette.responses import PlainTextResponse
 
-from app.models import DiagnosisRecord, EnginePage, EventPage, EventRecord, JournalPage, PoolPage, Problem, RunnerPage
+from app.models import (
+    DiagnosisRecord,
+    EnginePage,
+    EventPage,
+    EventRecord,
+    JournalPage,
+    PoolPage,
+    Problem,
+    RunnerPage,
+    WebhookPage,
+)
 
 TEXT = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 """What a route that can answer so declares."""
@@ -45,7 +55,7 @@ def text(answer: BaseModel) -> str:
         case JournalPage():
             more = f"more: cursor={answer.next_cursor}\n" if answer.next_cursor else ""
             return table((*EVENTS[:2], "runner_id", "task_id", *EVENTS[2:]), map(_row, answer.items)) + more
-        case EnginePage():
+        case EnginePage() | WebhookPage():
             return "\n".join("".join(lines(_row(item))) for item in answer.items)
         case PoolPage():
             return table(POOLS, map(_row, answer.items))

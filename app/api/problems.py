@@ -28,6 +28,7 @@ from app.errors import (
     RunnerLauncherError,
     RunnerLaunchError,
     SlotBusy,
+    TooManyCalls,
     Unavailable,
 )
 from app.models import FaultRecord, Problem, RunnerRecord
@@ -46,6 +47,7 @@ STATUS: dict[type[RequestRefused], HTTPStatus] = {
     RunnerEnded: HTTPStatus.CONFLICT,
     HistoryGone: HTTPStatus.GONE,
     PoolFull: HTTPStatus.TOO_MANY_REQUESTS,
+    TooManyCalls: HTTPStatus.TOO_MANY_REQUESTS,
     Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 LAUNCH_STATUS = {
@@ -84,7 +86,7 @@ def answer(request: Request, error: RequestRefused) -> Response:
             detail = OTHERS_SLOT
     if isinstance(error, NotAuthenticated):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, PoolFull | Unavailable):
+    if isinstance(error, PoolFull | TooManyCalls | Unavailable):
         headers["Retry-After"] = _retry_after(error.retry_after)
     return _problem(
         request,

@@ -73,7 +73,7 @@ Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_le
             "description": "An earlier request with this Idempotency-Key, as it is now; or what a launch would be",
         },
         202: {"model": RunnerRecord, "description": "Recorded, and going on"},
-        **problems(409, 413, 422, 429, 502, 503),
+        **problems(409, 413, 502, 503),
     },
 )
 async def launch(

@@ -20,7 +20,18 @@ from runner_launcher_client.errors import (
 from runner_launcher_client.heartbeat import Heartbeat
 from runner_launcher_client.launcher import RunnerLauncher
 from runner_launcher_client.pool import AgentPool, PoolType
-from runner_launcher_client.records import Attempt, Diagnosis, Engine, Event, PoolStatus, Runner, RunnerPage, RunnerState
+from runner_launcher_client.records import (
+    Attempt,
+    Diagnosis,
+    Engine,
+    Event,
+    PoolStatus,
+    Preview,
+    Runner,
+    RunnerPage,
+    RunnerState,
+    Webhook,
+)
 
 __version__ = "0.1.0"
 
@@ -38,6 +49,7 @@ __all__ = [
     "PoolFullError",
     "PoolStatus",
     "PoolType",
+    "Preview",
     "Runner",
     "RunnerLaunchError",
     "RunnerLauncher",
@@ -48,4 +60,5 @@ __all__ = [
     "SlotBusyError",
     "TaskContext",
     "UnavailableError",
+    "Webhook",
 ]

@@ -23,7 +23,18 @@ from runner_launcher_client.exchange import (
     Trouble,
     unreachable,
 )
-from runner_launcher_client.records import Diagnosis, Engine, Event, EventPage, PoolStatus, Runner, RunnerPage, RunnerState
+from runner_launcher_client.records import (
+    Diagnosis,
+    Engine,
+    Event,
+    EventPage,
+    PoolStatus,
+    Preview,
+    Runner,
+    RunnerPage,
+    RunnerState,
+    Webhook,
+)
 from runner_launcher_client.request import launch_request
 from runner_launcher_client.server_sent import events_of
 
@@ -80,6 +91,10 @@ class RunnerLauncherClient:
         Raises InvalidRequestError, NotPermittedError, SlotBusyError, PoolFullError, RunnerLaunchError, UnavailableError.
         """
         return await self._take(self._calls.launch(launch_request(task, slot, pool), key=key, wait=wait))
+
+    async def preview(self, task: object, slot: object, pool: object) -> Preview:
+        """Show what ``launch`` would send to the engine, secrets hidden; nothing is launched. Raises as ``launch`` does."""
+        return await self._take(self._calls.preview(Preview, launch_request(task, slot, pool)))
 
     async def stop(self, runner_id: str, *, grace: float | None = None, force: bool = False) -> Runner:
         """Ask for a runner's end: TERM, and after ``grace`` seconds (None: as its pool says) KILL. Does not wait for it.
@@ -233,6 +248,14 @@ class RunnerLauncherClient:
     async def engines(self) -> tuple[Engine, ...]:
         """Say of every engine what it can do, and whether it answers."""
         return await self._take(self._calls.items(Engine, "/engines"))
+
+    async def webhooks(self) -> tuple[Webhook, ...]:
+        """Say of every target of webhooks how far it was told."""
+        return await self._take(self._calls.items(Webhook, "/webhooks"))
+
+    async def retry_webhook(self, name: str) -> Webhook:
+        """Have a target told again what it did not take."""
+        return await self._take(self._calls.retry(Webhook, name))
 
     # How.
 

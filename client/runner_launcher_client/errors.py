@@ -156,6 +156,8 @@ def refusal(response: httpx.Response) -> RunnerLauncherError:
     kind = _KINDS.get(response.status_code, RunnerLauncherError)
     if code == SlotBusyError.code:
         kind = SlotBusyError
+    elif code == "too-many-calls":
+        kind = UnavailableError
     elif runner is not None:
         kind = RunnerLaunchError
     detail = str(problem.get("detail") or _unexplained(response))

@@ -145,6 +145,10 @@ class Conversation:
             raise RunnerLaunchError.of(runner)
         return runner
 
+    def preview(self, kind: type[R], request: Mapping[str, Any]) -> Exchange[R]:
+        """Say what a launch would be."""
+        return _read(kind, (yield from self.ask(Call("POST", "/runners", params={"dry_run": "true"}, body=request))))
+
     def launch_again(self, request: Mapping[str, Any], *, attempts: int) -> Exchange[Runner]:
         """Launch a runner; a launch that failed for a cause that can pass is made anew, each under a key of its own.
 
@@ -208,6 +212,10 @@ class Conversation:
     def switch(self, kind: type[R], name: str, *, enabled: bool) -> Exchange[R]:
         """Switch a pool on or off."""
         return _read(kind, (yield from self.ask(Call("PATCH", f"/pools/{quote(name, safe='')}", body={"enabled": enabled}))))
+
+    def retry(self, kind: type[R], name: str) -> Exchange[R]:
+        """Have a target of webhooks tried again."""
+        return _read(kind, (yield from self.ask(Call("POST", f"/webhooks/{quote(name, safe='')}/retry"))))
 
     # Every call.
 

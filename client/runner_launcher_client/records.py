@@ -200,6 +200,36 @@ class Engine(Record):
 
 
 @dataclass(frozen=True)
+class Preview(Record):
+    """What a launch would be. ``refusal`` says why it could not start now, ``request`` what its engine would be sent."""
+
+    pool_name: str
+    engine: str
+    refusal: str | None = None
+    request: Mapping[str, Any] | None = None
+    task_context: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Webhook(Record):
+    """A target of the service's webhooks: ``ok``, ``failing`` or ``gone``. ``arrears`` is what it did not take."""
+
+    name: str
+    url: str = ""
+    events: tuple[str, ...] = field(default=(), metadata=_as(tuple, list))
+    pools: tuple[str, ...] | None = field(default=None, metadata=_as(tuple, list))
+    state: str = "ok"
+    revision: int = 0
+    behind: int = 0
+    retrying: int = 0
+    parked: int = 0
+    delivered_at: datetime | None = field(default=None, metadata=_TIME)
+    failed_at: datetime | None = field(default=None, metadata=_TIME)
+    error: str | None = None
+    arrears: tuple[Mapping[str, Any], ...] = field(default=(), metadata=_as(tuple, list))
+
+
+@dataclass(frozen=True)
 class Diagnosis(Record):
     """What happened to a runner, in plain words. ``evidence`` are ``{"source": ..., "text": ...}``."""
 
