@@ -278,6 +278,22 @@ async def test_a_runner_that_never_started_can_be_stopped(house: House) -> None:
     assert not await house.world.pods(handle.runner_id)
 
 
+@pytest.mark.slow
+async def test_a_stop_at_any_moment_of_a_start_loses_neither_code_nor_log(house: House) -> None:
+    async def stopped_after(seconds: float) -> None:
+        handle = await house.launch(HANDLES_TERM)
+        await asyncio.sleep(seconds)
+        await house.launcher.stop(handle, 10)
+        end, log = await house.end(handle), await house.log(handle)
+        assert end.stopped is not False
+        if end.code is None:
+            assert not set(log) & {b"ready", b"bye"}, f"stopped after {seconds} s it is said to have begun nothing: {end}"
+        else:
+            assert log == [b"ready", b"bye"] if end.code == 9 else end.code in {128, 137, 143}, (end, log)
+
+    await asyncio.gather(*(stopped_after(step / 4) for step in range(16)))
+
+
 # What a runner finds.
 
 
@@ -318,6 +334,7 @@ async def test_a_pod_deleted_behind_our_back_is_told_and_never_replaced(house: H
     assert end.code != 0
     assert end.reason in {Reason.DELETED, Reason.LOST, None}
     assert end.code is not None or "gone before its end was read" in (end.message or "")
+    assert await house.log(handle) == [b"ready"]
     async with aclosing(house.reopen()) as other:
         assert (await other.observe([handle]))[handle.runner_id] == Exited(end)
     living = [
@@ -374,6 +391,7 @@ async def test_without_a_way_into_the_pod_it_is_deleted(house: House) -> None:
         end = await house.end(handle)
         assert end.stopped is True
         assert end.code in {None, 9}
+        assert await house.log(handle) == [b"ready", b"bye"]
         await house.launcher.ping()
     finally:
         await house.world.call("PATCH", "roles/runner-launcher", {"rules": role["rules"]})

@@ -237,7 +237,7 @@ def look(
     if job and (len(pods) > 1 or job.first_pod not in {None, first.uid}):
         return _second(job, pods, last, now)
     if not alive:
-        return Exited(_end(first, stopped=bool(job and job.stopped)))
+        return Exited(_end(first, stopped=_stopped(job)))
     if first.started:
         return Running()
     return _held(job, first, warnings.get(first.uid, ()))
@@ -253,30 +253,38 @@ def _second(job: Job, pods: Sequence[Pod], last: Pod | None, now: float) -> Conc
     others = ", ".join(pod.name for pod in pods if first is None or pod.uid != first.uid)
     told = f"Kubernetes started a second pod, {others}, which was ended"
     if first and "terminated" in first.state and is_over(first, now):
-        return Conclude(_end(first, stopped=job.stopped))
+        return Conclude(_end(first, stopped=_stopped(job)))
     end = _vanished(first, stopped=job.stopped)
     return Conclude(replace(end, message=f"{end.message}; {told}"))
 
 
 def _without_pod(job: Job, last: Pod | None, warnings: Mapping[str, Sequence[Warned]], now: float) -> Held | Conclude:
-    if last and last.job == job.uid:
-        return Conclude(
-            _end(last, stopped=job.stopped) if "terminated" in last.state else _vanished(last, stopped=job.stopped)
-        )
+    never = job.parallelism == 0 and not job.first_pod
+    if last and last.job == job.uid and "terminated" in last.state:
+        return Conclude(_end(last, stopped=_stopped(job)))
+    if last and last.job == job.uid and not (never and "running" not in last.state):
+        return Conclude(_vanished(last, stopped=job.stopped or job.parallelism == 0))
     if job.succeeded:
         return Conclude(Exit(code=0, message="its pod was gone before it could be read; the Job says that it succeeded"))
     if job.failed:
         text = f"its pod was gone before it could be read; the Job says {job.failed}"
         return Conclude(Exit(reason=Reason.LOST, message=text, stopped=job.stopped or None))
     if job.first_pod:
-        return Conclude(_vanished(None, stopped=job.stopped))
-    if job.parallelism == 0:
+        return Conclude(_vanished(None, stopped=job.stopped or job.parallelism == 0))
+    if never:
         return Conclude(Exit(stopped=True, message="ended before it started"))
     refusals = [warned for warned in warnings.get(job.uid, ()) if warned.reason == "FailedCreate"]
     if refusals:
         return _refused(job, max(refusals, key=lambda warned: warned.at).message)
     late = now - job.created_at > NO_POD_SECONDS
     return Held(problem="no pod was made for its Job yet; is the Job controller running?" if late else None)
+
+
+def _stopped(job: Job | None) -> bool | None:
+    """Say whether our stop reached a program: of a Job that was withdrawn as its pod began, only the times tell."""
+    if job and not job.stopped and job.parallelism == 0:
+        return None
+    return bool(job and job.stopped)
 
 
 def _refused(job: Job, message: str) -> Held:
@@ -327,7 +335,7 @@ def is_over(pod: Pod, now: float) -> bool:
     return pod.over or (pod.phase == "Failed" and "running" in pod.state and pod.reason in {"Evicted", "NodeLost"})
 
 
-def _end(pod: Pod, *, stopped: bool) -> Exit:
+def _end(pod: Pod, *, stopped: bool | None) -> Exit:
     """Say how a pod's main process ended."""
     ended = pod.state.get("terminated")
     disruption = _disruption(pod)
@@ -350,6 +358,8 @@ def _end(pod: Pod, *, stopped: bool) -> Exit:
     if why == "ContainerStatusUnknown":
         reason, text = disruption or (Reason.LOST, f"{why}: {words}")
         return replace(end, code=None, reason=reason, message=text)
+    if why in {"ContainerCannotRun", "StartError"} and stopped is None:  # torn down as it was being made
+        return replace(end, code=None, stopped=True, message=f"ended before it started: {words}")
     if why in {"ContainerCannotRun", "StartError"}:
         return replace(end, reason=Reason.CONFIG_ERROR, message=f"{why}: {words}")
     if disruption and code != 0:
