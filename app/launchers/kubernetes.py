@@ -88,7 +88,6 @@ class KubernetesLauncher:
         self._last: dict[str, Pod] = {}
         self._kept: dict[str, KeptLog] = {}
         self._held: dict[str, tuple[str, float]] = {}
-        self._told: set[str] = set()
         self._beside: set[asyncio.Task[None]] = set()
         self._watchers: set[asyncio.Queue[str | None]] = set()
         self._asking: asyncio.Task[None] | None = None
@@ -203,7 +202,6 @@ class KubernetesLauncher:
             kept.stop()
         for known in (self._last, self._held):
             known.pop(runner_id, None)
-        self._told.discard(runner_id)
 
     async def ping(self) -> None:
         await self._ask("GET", self._cluster.path("jobs"), query={**self._ours, "limit": 1})
@@ -335,8 +333,6 @@ class KubernetesLauncher:
             known = self._known(runner_id)
             if job is None and not known:
                 return {runner_id: Gone()}
-            if job and runner_id in self._told:
-                job = replace(job, stopped=True)
             seen = pods.look(job, known, self._last.get(runner_id), self._told_of(job, known), time.time())
             match seen:
                 case Held() if job and self._hopeless(runner_id, seen):
@@ -408,11 +404,13 @@ class KubernetesLauncher:
 
     async def _end_pod(self, job: Job | None, pod: Pod, grace: float) -> bool:
         """Order a pod's end; says no where nothing of it has begun, as far as its node can tell."""
+        if job and job.stopping_at is None:
+            await self._mark(job, {pods.STOPPING: _now()})
         match await self._signal(pod, "TERM" if grace > 0 else "KILL"):
-            case "told":
-                self._told.add(pod.runner_id)
-                if job and not job.stopped:
-                    await self._mark_stopped(job)
+            case "told" if job and not job.stopped:
+                await self._mark(job, {pods.STOPPED: _now()})
+            case "ended" if job and job.stopping_at is None:
+                await self._mark(job, {pods.STOPPING: None})
             case "no way" if not pod.started:
                 return False
             case "no way" if not pod.deleted or grace <= 0:
@@ -440,16 +438,13 @@ class KubernetesLauncher:
 
     async def _withdraw(self, job: Job) -> None:
         """Let a Job have no pod. What its pod came to until then is read from its last words."""
-        await self._patch(job, {"metadata": {}, "spec": {"parallelism": 0}})
+        await self._mark(job, {pods.STOPPING: _now()} if job.stopping_at is None else {}, {"spec": {"parallelism": 0}})
 
-    async def _mark_stopped(self, job: Job) -> None:
-        await self._patch(job, {"metadata": {"annotations": {pods.STOPPED: f"{time.time():.3f}"}}})
+    async def _mark(self, job: Job, notes: Mapping[str, str | None], besides: Json | None = None) -> None:
+        await self._patch(job, {"metadata": {"annotations": notes}, **(besides or {})})
 
     async def _end_by_deletion(self, job: Job | None, pod: Pod, grace: float) -> None:
         """Delete a pod, and then let its Job have none: the other way round its grace would be the Job controller's."""
-        if job:
-            await self._mark_stopped(job)
-            self._told.add(pod.runner_id)
         kept = self._keep_log(pod)
         await _briefly(kept.begun)
         options = {"gracePeriodSeconds": max(1, math.ceil(grace)), "preconditions": {"uid": pod.uid}}
@@ -606,6 +601,10 @@ class KubernetesLauncher:
             return await self._cluster.call(method, path, query=query)
         except Refused as refused:
             raise LauncherUnavailable(str(refused)) from refused
+
+
+def _now() -> str:
+    return f"{time.time():.3f}"
 
 
 async def _briefly(news: asyncio.Event) -> None:
