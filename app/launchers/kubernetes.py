@@ -375,7 +375,7 @@ class KubernetesLauncher:
     async def _look_for_pods(self, runner_id: str) -> bool:
         """Ask the API where no pod is known: the copy may be late, and the pod just made. Says whether there is one."""
         if not self._known(runner_id):
-            query = {"labelSelector": f"{jobs.RUNNER}={jobs.label_value(runner_id)}", **self._ours}
+            query = {"labelSelector": f"{jobs.RUNNER}={jobs.label_value(runner_id)},{self._ours['labelSelector']}"}
             for item in (await self._ask("GET", self._cluster.path("pods"), query))["items"]:
                 self._pods.put(item)
         return bool(self._known(runner_id))
@@ -538,7 +538,8 @@ class KubernetesLauncher:
     # What the copies tell.
 
     def _job_changed(self, before: Job | None, now: Job | None) -> None:
-        if one := now or before:
+        one = now or before
+        if one and (before or one.end or one.failed or one.succeeded):  # of a new one there is nothing to say
             self._hint(one.runner_id)
 
     def _pod_changed(self, before: Pod | None, now: Pod | None) -> None:
@@ -548,7 +549,8 @@ class KubernetesLauncher:
                 self._claim_if_needed(now)
             if now.deleted and now.node:
                 self._keep_log_if_ours(now)
-            self._hint(now.runner_id)
+            if now.news != (before.news if before else pods.NO_NEWS):
+                self._hint(now.runner_id)
         elif before:
             known = self._pods_of.get(before.runner_id, {})
             known.pop(before.uid, None)

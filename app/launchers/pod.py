@@ -35,6 +35,10 @@ DYING_SECONDS = 10.0
 _PASSING = 0.9
 """What may pass (a full cluster, a quota) has this share of the launch timeout: then it is told by its own name."""
 
+_ON_ITS_WAY = {None, "ContainerCreating", "PodInitializing"}
+News = tuple[bool, bool, bool, bool, bool, str | None]
+NO_NEWS: News = (False, False, False, False, False, None)
+
 _NOT_FOUND = re.compile(
     r"not found|does not exist|manifest unknown|no such image|unknown repository|not present", re.IGNORECASE
 )
@@ -123,6 +127,14 @@ class Pod:
     def started(self) -> bool:
         """Whether the main process runs, as far as is known."""
         return "running" in self.state and not self.over
+
+    @property
+    def news(self) -> "News":
+        """What there is to say of it, so far: that a node is at work on it is none."""
+        waiting = (state.get("waiting", {}).get("reason") for state in (self.state, *(state for _, state in self.inits)))
+        held = next((reason for reason in waiting if reason not in _ON_ITS_WAY), None)
+        failed = any(_failed(state) for _, state in self.inits)
+        return self.started, self.over, self.deleted, self.phase == "Failed", failed, self.unschedulable or held
 
     @property
     def over(self) -> bool:
