@@ -3,8 +3,8 @@
 
 It reads its task context, works in its current directory (the git slot), tells what it does on its output, beats its
 heart, commits, and ends with 0. Asked to stop (TERM) it leaves the worktree clean and ends with 143. It needs git and
-Python 3.9 or later, nothing else, and can be run by hand in any git repository. In an image without git it leaves its
-work uncommitted, and says so.
+Python 3.9 or later, nothing else, and can be run by hand in any git repository. Where there is no git, or no
+repository, it leaves its work uncommitted, and says so.
 
     TASK_CONTEXT='{"task_id": "7", "task_title": "Say hello"}' python3 agent.py
 """
@@ -24,7 +24,9 @@ from typing import Any
 
 SECONDS_PER_STEP = float(os.environ.get("RUNNER_SECONDS_PER_STEP", "1"))
 BEAT_SECONDS = 10
-HAS_GIT = shutil.which("git") is not None
+HAS_GIT = (
+    bool(shutil.which("git")) and subprocess.run(["git", "rev-parse"], capture_output=True, check=False).returncode == 0
+)
 AUTHOR = ("-c", "user.name=Example Agent", "-c", "user.email=agent@example.org", "-c", "commit.gpgsign=false")
 
 

@@ -1,9 +1,11 @@
 """Show the main job, for real: launch the example agent on a git slot over HTTP and watch it to its end.
 
-Everything is made in a temporary directory and removed again. DEMO names the environment to show: `local` or `docker`.
-For docker, DEMO_IMAGE names an image to take instead of that of pools-docker.yaml; it needs Python, and git to commit.
+Everything is made in a temporary directory and removed again. DEMO names the environment to show: `local`, `docker` or
+`kubernetes` (the cluster that KUBECONFIG names, in a namespace made for the demo). For the last two DEMO_IMAGE names
+an image to take instead of that of the pool file; it needs Python, and git to commit.
 """
 
+import asyncio
 import json
 import os
 import re
@@ -16,17 +18,31 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import httpx
+from kubernetes_asyncio import config
+from kubernetes_asyncio.client import (
+    ApiClient,
+    ApiException,
+    BatchV1Api,
+    Configuration,
+    CoreV1Api,
+    V1ConfigMap,
+    V1Namespace,
+    V1ObjectMeta,
+)
+from kubernetes_asyncio.config import ConfigException
 
 EXAMPLES = Path(__file__).resolve().parent
-POOLS = {"local": "pools.yaml", "docker": "pools-docker.yaml"}
+POOLS = {"local": "pools.yaml", "docker": "pools-docker.yaml", "kubernetes": "pools-kubernetes.yaml"}
 """The pool file that shows each environment; its pool bears the same name."""
 
+KUBECONFIG = os.environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
 DOCKER = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
 
 # A service of the user's own, or a git hook that runs this, must not reach into the demo.
@@ -60,16 +76,24 @@ def show(directory: Path) -> None:
     pool = pool_to_show()
     if pool == "docker":
         find_engine()
+    with namespace() if pool == "kubernetes" else nullcontext("") as made_for_us:
+        show_in(directory, pool, made_for_us)
+    tell("Done. The service is stopped, and everything the demo made is removed.")
+
+
+def show_in(directory: Path, pool: str, made_for_us: str) -> None:
+    """Tell it in this pool; in a cluster in this namespace."""
     slot = directory / "slots" / "example"
     tell("Making a git slot")
     make_slot(slot)
-    write_pools(directory, pool)
+    write_pools(directory, pool, made_for_us)
     tell("Starting the service on an embedded SQLite")
     with service(directory, slot.parent) as client:
         tell(f"Launching the example agent: POST {client.base_url}/runners")
         runner = launch(client, pool, slot)
         place = f", pid {runner['pid']}" if runner["pid"] else ""
         place = f", container {runner['container_id'][:12]}" if runner["container_id"] else place
+        place = f", Job {runner['job_name']} in namespace {made_for_us}" if runner["job_name"] else place
         print(f"    {runner['runner_id']} is {runner['state']}{place}")
         tell(f"Its log as it runs: GET /runners/{runner['runner_id']}/logs?follow=true")
         try:
@@ -79,14 +103,17 @@ def show(directory: Path) -> None:
             end_of(client, runner["runner_id"])  # its slot must not go away before it
             raise
         record = end_of(client, runner["runner_id"])
+        if made_for_us:
+            until_empty(made_for_us)
         tell(f"Its record: GET /runners/{runner['runner_id']}")
         print(json.dumps(record, indent=2, ensure_ascii=False))
         if record["state"] != "completed" or record["exit_code"] != 0:
             raise DemoFailed(f"the runner did not complete: {record['reason']}: {record['message']}")
+        if made_for_us:
+            return  # its workspace was a volume of its pod, and is gone with it
         tell("Its work: git log --oneline and git status in the slot")
         print(git(slot, "log", "--oneline", "--decorate"))
         print(git(slot, "status", "--short") or "nothing is left uncommitted")
-    tell("Done. The service is stopped, and everything the demo made is removed.")
 
 
 def pool_to_show() -> str:
@@ -103,11 +130,14 @@ def find_engine() -> None:
         raise DemoFailed(f"the slot is on this machine, so the engine must be too; DOCKER_HOST is {DOCKER}")
     try:
         with engine() as docker:
-            there = docker.get(f"/images/{image()}/json").is_success
+            there = docker.get(f"/images/{image('docker')}/json").is_success
     except httpx.TransportError as error:
         raise DemoFailed(f"no Docker Engine answers at {DOCKER}: {error}; is it started, and may you use it?") from None
     if not there:
-        tell(f"There is no image {image()} yet, so the service pulls it; DEMO_IMAGE names another (with Python and git)")
+        tell(
+            f"There is no image {image('docker')} yet, so the service pulls it; "
+            "DEMO_IMAGE names another (with Python and git)"
+        )
 
 
 def engine() -> httpx.Client:
@@ -116,18 +146,72 @@ def engine() -> httpx.Client:
     return httpx.Client(transport=transport, base_url="http://docker", timeout=10, trust_env=False)
 
 
-def image() -> str:
+@contextmanager
+def namespace() -> Iterator[str]:
+    """Make a namespace in the cluster with the example agent in it, and remove it with all that is there."""
+    name = f"runner-launcher-demo-{uuid.uuid4().hex[:8]}"
+    agent = (EXAMPLES / "agent.py").read_text(encoding="utf-8")
+
+    async def make() -> None:
+        async with cluster() as api:
+            core = CoreV1Api(api)
+            await core.create_namespace(V1Namespace(metadata=V1ObjectMeta(name=name)), _request_timeout=20)
+            config_map = V1ConfigMap(metadata=V1ObjectMeta(name="example-agent"), data={"agent.py": agent})
+            await core.create_namespaced_config_map(name, config_map)
+
+    async def remove() -> None:
+        async with cluster() as api:
+            await CoreV1Api(api).delete_namespace(name)
+
+    try:
+        asyncio.run(make())
+    except (OSError, ValueError, aiohttp.ClientError, ApiException, ConfigException) as error:
+        raise DemoFailed(f"the cluster that {KUBECONFIG} names cannot be used: {error}") from None
+    try:
+        yield name
+    finally:
+        asyncio.run(remove())
+
+
+@asynccontextmanager
+async def cluster() -> AsyncIterator[ApiClient]:
+    """Talk to the cluster ourselves."""
+    configuration = Configuration()
+    await config.load_kube_config(KUBECONFIG, client_configuration=configuration, persist_config=False)
+    async with ApiClient(configuration) as api:
+        yield api
+
+
+def until_empty(name: str) -> None:
+    """Wait until the runner's Job is gone: it is removed when its log is safe."""
+
+    async def count() -> int:
+        async with cluster() as api:
+            return len((await BatchV1Api(api).list_namespaced_job(name)).items)
+
+    deadline = time.monotonic() + 60
+    while asyncio.run(count()):
+        if time.monotonic() > deadline:
+            raise DemoFailed("its Job should be gone by now")
+        time.sleep(0.1)
+
+
+def image(pool: str) -> str:
     """Give the image to use."""
-    said = re.search(r"^ *image: (.+)$", (EXAMPLES / POOLS["docker"]).read_text(encoding="utf-8"), re.MULTILINE)
+    said = re.search(r"^ *image: (.+)$", (EXAMPLES / POOLS[pool]).read_text(encoding="utf-8"), re.MULTILINE)
     return os.environ.get("DEMO_IMAGE") or (said[1] if said else "")
 
 
-def write_pools(directory: Path, pool: str) -> None:
-    """Copy the pool file; the one for Docker with what is particular to this machine."""
+def write_pools(directory: Path, pool: str, made_for_us: str) -> None:
+    """Copy the pool file with what is particular to this machine or cluster."""
     text = (EXAMPLES / POOLS[pool]).read_text(encoding="utf-8")
     if pool == "docker":
-        text = re.sub(r"(?m)^( *image:).*$", lambda line: f"{line[1]} {image()}", text)
+        text = re.sub(r"(?m)^( *image:).*$", lambda line: f"{line[1]} {image(pool)}", text)
         text = text.replace("unix:///var/run/docker.sock", DOCKER).replace("/opt/example-agent", str(EXAMPLES))
+    if pool == "kubernetes":
+        text = re.sub(r"(?m)^( *image: )python.*$", lambda line: f"{line[1]}{image(pool)}", text)
+        text = text.replace("necrocode-agents", f"{made_for_us}\n      kubeconfig: {KUBECONFIG}")
+        text = text.replace("job-example-agent.yaml", str(EXAMPLES / "job-example-agent.yaml"))
     (directory / "pools.yaml").write_text(text, encoding="utf-8")
 
 
@@ -227,7 +311,7 @@ def follow_log(client: httpx.Client, runner_id: str) -> None:
 
 def end_of(client: httpx.Client, runner_id: str) -> dict[str, Any]:
     """Get the final record of a runner that ends now."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         record = answer(client.get(f"/runners/{runner_id}"))
         if record["phase"] == "finished" and not container_left(record):

@@ -1,5 +1,6 @@
 """The demo as its reader starts it, and the files to copy."""
 
+import asyncio
 import json
 import os
 import secrets
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from docker_engine import HOST, Api, missing
+from kubernetes_world import cluster_session
 
 from app.launchers.container import INSTALLATION
 from app.models import LaunchRequest
@@ -55,14 +57,38 @@ def test_the_demo_of_docker_says_what_it_lacks(tmp_path: Path) -> None:
     assert "the pull failed" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["pools.yaml", "pools-docker.yaml"])
+def test_the_demo_of_kubernetes_leaves_nothing_in_its_namespace() -> None:
+    with cluster_session() as (world, _):
+        done = demo("kubernetes", DEMO_IMAGE=os.environ.get("DEMO_IMAGE") or IMAGE)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert '"state": "completed"' in done.stdout
+        assert "writing task-7.md" in done.stdout
+        name = done.stdout.split(" in namespace ")[1].split()[0]
+        there = asyncio.run(world.call("GET", f"/api/v1/namespaces/{name}"))
+        assert there["status"]["phase"] == "Terminating"
+
+
+def test_the_demo_of_kubernetes_says_what_it_lacks(tmp_path: Path) -> None:
+    done = demo("kubernetes", KUBECONFIG=f"{tmp_path}/none")
+    assert done.returncode == 1
+    assert f"{tmp_path}/none names cannot be used" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["pools.yaml", "pools-docker.yaml", "pools-kubernetes.yaml"])
 def test_the_pool_files_load_without_a_warning(name: str) -> None:
     pools = load_pools(EXAMPLES / name)
     assert pools.by_name
     assert not pools.warnings
 
 
-@pytest.mark.parametrize(("name", "pools"), [("launch.json", "pools.yaml"), ("launch-docker.json", "pools-docker.yaml")])
+@pytest.mark.parametrize(
+    ("name", "pools"),
+    [
+        ("launch.json", "pools.yaml"),
+        ("launch-docker.json", "pools-docker.yaml"),
+        ("launch-kubernetes.json", "pools-kubernetes.yaml"),
+    ],
+)
 def test_the_launches_name_a_pool_of_their_file(name: str, pools: str) -> None:
     request = LaunchRequest.model_validate(json.loads((EXAMPLES / name).read_text()))
     assert request.pool in load_pools(EXAMPLES / pools).by_name

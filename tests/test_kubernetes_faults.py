@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
@@ -11,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from kubernetes_asyncio.client import ApiException
 from kubernetes_world import IMAGE, Door, Gate, Json, World, cluster_session, write_kubeconfig
 from launcher_contract import COUNTS_SLOWLY, HANDLES_TERM, LINES, LOOP, RUNS_ON, Script, exits, new_id
 
@@ -278,6 +280,22 @@ async def test_a_runner_that_never_started_can_be_stopped(house: House) -> None:
     assert not await house.world.pods(handle.runner_id)
 
 
+@pytest.mark.slow
+async def test_a_stop_at_any_moment_of_a_start_loses_neither_code_nor_log(house: House) -> None:
+    async def stopped_after(seconds: float) -> None:
+        handle = await house.launch(HANDLES_TERM)
+        await asyncio.sleep(seconds)
+        await house.launcher.stop(handle, 10)
+        end, log = await house.end(handle), await house.log(handle)
+        assert end.stopped is not False
+        if end.code is None:
+            assert not set(log) & {b"ready", b"bye"}, f"stopped after {seconds} s it is said to have begun nothing: {end}"
+        else:
+            assert log == [b"ready", b"bye"] if end.code == 9 else end.code in {128, 137, 143}, (end, log)
+
+    await asyncio.gather(*(stopped_after(step / 4) for step in range(16)))
+
+
 # What a runner finds.
 
 
@@ -318,6 +336,7 @@ async def test_a_pod_deleted_behind_our_back_is_told_and_never_replaced(house: H
     assert end.code != 0
     assert end.reason in {Reason.DELETED, Reason.LOST, None}
     assert end.code is not None or "gone before its end was read" in (end.message or "")
+    assert await house.log(handle) == [b"ready"]
     async with aclosing(house.reopen()) as other:
         assert (await other.observe([handle]))[handle.runner_id] == Exited(end)
     living = [
@@ -374,6 +393,7 @@ async def test_without_a_way_into_the_pod_it_is_deleted(house: House) -> None:
         end = await house.end(handle)
         assert end.stopped is True
         assert end.code in {None, 9}
+        assert await house.log(handle) == [b"ready", b"bye"]
         await house.launcher.ping()
     finally:
         await house.world.call("PATCH", "roles/runner-launcher", {"rules": role["rules"]})
@@ -526,3 +546,127 @@ async def test_two_hundred_at_once(house: House) -> None:
         return end.code, log
 
     assert await asyncio.gather(*map(one, range(200))) == [(n % 3, [b"%d" % n]) for n in range(200)]
+
+
+# Parts of the cluster that go away. KUBERNETES_CONTROL names a program: with `stop PART` it ends one, alone it brings all
+# back.
+
+
+class Control:
+    """Stops parts of the cluster, and brings them back."""
+
+    def __init__(self, program: str) -> None:
+        self._program = program
+
+    async def stop(self, part: str) -> None:
+        await self._run("stop", part)
+
+    async def back(self) -> None:
+        await self._run()
+
+    async def _run(self, *words: str) -> None:
+        quiet = asyncio.subprocess.DEVNULL
+        process = await asyncio.create_subprocess_exec(self._program, *words, stdin=quiet, stdout=quiet, stderr=quiet)
+        assert await process.wait() == 0
+
+
+@pytest.fixture
+async def control(house: House) -> AsyncIterator[Control]:  # noqa: ARG001 - what it leaves is removed when all is back
+    program = os.environ.get("KUBERNETES_CONTROL")
+    if not program:
+        pytest.skip("KUBERNETES_CONTROL names no program that stops and starts parts of the cluster")
+    made = Control(program)
+    yield made
+    await made.back()
+
+
+async def _launched(house: House, runner_id: str) -> Handle:
+    """Launch as the reconciler does: until it is known."""
+    deadline = time.monotonic() + SECONDS
+    while True:
+        try:
+            return await house.launcher.launch(runner_id, house.spec("echo once; exit 0"))
+        except LauncherUnavailable:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.5)
+
+
+async def _seen_again(house: House, handle: Handle) -> Observation | None:
+    deadline = time.monotonic() + SECONDS
+    while True:
+        try:
+            return await house.see(handle)
+        except LauncherUnavailable:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["kube-apiserver", "etcd"])
+async def test_an_api_that_goes_away_amid_launches_and_runs_changes_nothing(
+    house: House, control: Control, part: str
+) -> None:
+    running = await house.ready(HANDLES_TERM)
+    ids = [new_id() for _ in range(8)]
+    launches = [asyncio.create_task(house.launcher.launch(one, house.spec("echo once; exit 0"))) for one in ids]
+    await control.stop(part)
+    for outcome in await asyncio.gather(*launches, return_exceptions=True):
+        assert isinstance(outcome, Handle | LauncherUnavailable), outcome
+    with pytest.raises(LauncherUnavailable):
+        await house.launcher.launch(new_id(), house.spec("exit 0"))
+    await asyncio.sleep(6)
+    with pytest.raises(LauncherUnavailable):
+        await house.see(running)
+    await control.back()
+    assert isinstance(await _seen_again(house, running), Running)
+    for handle in [await _launched(house, one) for one in ids]:
+        assert (await house.end(handle)).code == 0
+        assert await house.log(handle) == [b"once"]
+        await house.pod(handle)
+    await house.launcher.stop(running, 10)
+    end = await house.end(running)
+    assert (end.code, end.stopped) == (9, True)
+
+
+@pytest.mark.slow
+async def test_without_a_job_controller_a_launch_waits_and_says_so(house: House, control: Control) -> None:
+    await control.stop("kube-controller-manager")
+    waits, stopped = await house.launch("exit 5"), await house.launch("exit 0")
+    assert "Job controller" in await house.problem(waits)
+    await house.launcher.stop(stopped, 1)
+    end = await house.end(stopped)
+    assert (end.code, end.stopped) == (None, True)
+    await control.back()
+    assert (await house.end(waits)).code == 5
+    assert not await house.world.pods(stopped.runner_id)
+
+
+@pytest.mark.slow
+async def test_an_end_while_the_kubelet_is_away_is_told_when_it_is_back(house: House, control: Control) -> None:
+    handle = await house.ready(replace(RUNS_ON, sh="echo ready; sleep 8; echo last; exit 7"))
+    await control.stop("kubelet")
+    for _ in range(12):
+        assert isinstance(await house.see(handle), Running)
+        await asyncio.sleep(1)
+    await control.back()
+    assert (await house.end(handle)).code == 7
+    assert await house.log(handle) == [b"ready", b"last"]
+
+
+@pytest.mark.slow
+async def test_a_runner_of_a_node_that_is_drained_keeps_its_log(house: House) -> None:
+    handle = await house.ready(HANDLES_TERM)
+    pod = (await house.pod(handle))["metadata"]
+    try:
+        await _evict(house.world, pod["name"], "policy/v1")
+    except ApiException:  # before 1.22
+        await _evict(house.world, pod["name"], "policy/v1beta1")
+    end = await house.end(handle)
+    assert end.stopped is False
+    assert end.code in {9, None}
+    assert (await house.log(handle))[:2] == [b"ready", b"bye"]
+
+
+async def _evict(world: World, name: str, version: str) -> None:
+    body = {"apiVersion": version, "kind": "Eviction", "metadata": {"name": name, "namespace": world.namespace}}
+    await world.call("POST", f"pods/{name}/eviction", body)

@@ -1,5 +1,6 @@
 """What Jobs, pods and warnings say of a runner, as tables: also what the cluster in CI cannot bring about."""
 
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -206,6 +207,18 @@ def test_a_pod_that_is_gone_is_judged_by_what_was_last_seen_of_it() -> None:
     assert (lost.code, lost.reason) == (None, Reason.DELETED)
     stopped = end_of(seen(job(stopped_at="1"), last=pod(state=RUNNING, phase="Running")))
     assert (stopped.code, stopped.stopped) == (None, True)
+
+
+def test_of_a_stop_that_a_service_died_over_only_the_times_tell() -> None:
+    at = datetime.fromisoformat(THEN).timestamp()
+    after = pod(state=ended(143), phase="Failed")
+    assert end_of(seen(job(stopping_at=f"{at + 0.7}"), after)).stopped is True  # a kubelet tells whole seconds
+    assert end_of(seen(job(stopping_at=f"{at + 1.2}"), after)).stopped is False
+    assert end_of(seen(job(stopping_at=f"{at + 1.2}", stopped_at=f"{at + 1.3}"), after)).stopped is True
+    assert end_of(seen(job(parallelism=0, stopping_at=f"{at}"), last=pod(phase="Pending"))).stopped is True
+    torn = pod(state=ended(128, "ContainerCannotRun", message="cannot start a container that has stopped"), phase="Failed")
+    end = end_of(seen(job(parallelism=0, stopping_at=f"{at}"), torn))
+    assert (end.code, end.reason, end.stopped) == (None, None, True)
 
 
 def test_without_a_pod_the_job_is_asked() -> None:

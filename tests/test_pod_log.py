@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from app.launcher import LogLine
-from app.launchers.pod_log import PART, LogReader, parse
+from app.launchers.pod_log import PART, KeptLog, LogReader, parse
 
 
 def written(seconds: Sequence[float], text: str = "line") -> list[bytes]:
@@ -85,3 +85,26 @@ def test_a_last_line_without_an_end_comes_at_the_end() -> None:
     reader = LogReader(None)
     assert [line.text for line in reader.feed(b"2026-11-23T12:00:00.1Z one\n2026-11-23T12:00:00.2Z tw")] == [b"one"]
     assert [line.text for line in reader.finish()] == [b"tw"]
+
+
+def test_what_a_kubelet_complains_of_is_no_line_of_the_log() -> None:
+    reader = LogReader(None)
+    lines = [
+        *reader.feed(b"2024-01-01T00:00:00.5Z bye\nrpc error: code = Unknown desc = No such container"),
+        *reader.finish(),
+    ]
+    assert [line.text for line in lines] == [b"bye"]
+
+
+def test_a_kept_log_is_resumed_behind_any_line_and_tells_what_it_dropped() -> None:
+    kept = KeptLog(room=3 * len("line 0"))
+    lines = list(LogReader(None).feed(b"".join(b"2024-01-01T00:00:0%d.5Z line %d\n" % (n, n) for n in range(5))))
+    for line in lines[:3]:
+        kept.add(line)
+    assert kept.after(None) == lines[:3]
+    assert all(kept.after(line.cursor) == lines[number + 1 : 3] for number, line in enumerate(lines[:3]))
+    for line in lines[3:]:
+        kept.add(line)
+    gap = b"[some output is missing here: the log was rotated]"
+    assert [line.text for line in kept.after(lines[0].cursor)] == [gap, b"line 2", b"line 3", b"line 4"]
+    assert [line.text for line in kept.after(lines[2].cursor)] == [b"line 3", b"line 4"]

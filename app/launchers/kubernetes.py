@@ -5,8 +5,9 @@ copies of the Jobs, pods and warnings of this installation (reflector.py), by ru
 fresh launcher could not find: what no object would tell is written on the Job.
 
 A stop is a signal to every process of the pod, sent by a shell inside it: so any grace can be asked for, exit code and log
-stay, and no second pod is made. Where that cannot be (no shell in the image, no permission) the pod is deleted: then its log
-is lost, and its exit code may be.
+stay, and no second pod is made. Where that cannot be (no shell in the image, no permission) the pod is deleted; its last
+words then tell its end. The log of a pod that is being deleted, by whomever, is read as it ends, and kept here until
+``remove``: it is lost only where no service watched.
 """
 
 import asyncio
@@ -41,7 +42,7 @@ from app.launchers import job as jobs
 from app.launchers import pod as pods
 from app.launchers.cluster import Cluster, Json, Refused
 from app.launchers.pod import Conclude, Held, Job, Pod, Warned
-from app.launchers.pod_log import LOST, Cursor, LogReader, parse
+from app.launchers.pod_log import LOST, Cursor, KeptLog, LogReader, parse
 from app.launchers.reflector import PAGE, Reflector
 from app.reason import Reason
 
@@ -51,6 +52,9 @@ T = TypeVar("T")
 
 LOG_SECONDS = 0.3
 """How often a follower looks for a log that is not there yet, or was cut off."""
+
+KEEP_SECONDS = 10.0
+"""How long a log that is read as its pod ends is waited for: before the deletion to begin, and after the end to be whole."""
 
 KILL_SECONDS = 5.0
 GONE_SECONDS = 60.0
@@ -63,7 +67,7 @@ NEEDED = (
 """What we must be permitted, as deploy/kubernetes/rbac.yaml grants it; ways into a container are beyond that."""
 
 _NOT_FOUND, _CONFLICT, _FORBIDDEN = 404, 409, 403
-_NO_SHELL = re.compile(r"executable file not found|no such file or directory", re.IGNORECASE)
+_NO_SHELL = re.compile(r"executable file .*not found|exec: \W*sh\b.*no such file", re.IGNORECASE)
 
 
 class KubernetesLauncher:
@@ -82,9 +86,9 @@ class KubernetesLauncher:
         self._pods_of: dict[str, dict[str, Pod]] = {}
         self._about: dict[str, dict[str, Warned]] = {}
         self._last: dict[str, Pod] = {}
+        self._kept: dict[str, KeptLog] = {}
         self._held: dict[str, tuple[str, float]] = {}
-        self._told: set[str] = set()
-        self._claims: set[asyncio.Task[None]] = set()
+        self._beside: set[asyncio.Task[None]] = set()
         self._watchers: set[asyncio.Queue[str | None]] = set()
         self._asking: asyncio.Task[None] | None = None
         self._permitted = False
@@ -128,24 +132,29 @@ class KubernetesLauncher:
         known = self._known(runner_id)
         if job is None and not known:
             return
-        alive = [pod for pod in known if pod.started]
-        for pod in alive:
-            await self._end_pod(job, pod, grace)
-        if job and not job.end and not alive and not any(pod.over for pod in known):
-            await self._conclude(job, Exit(stopped=True, message="ended before it started"))
+        # Copies are late: what is not known to have started may be at work all the same.
+        begun = [pod for pod in known if pod.node and not pod.over]
+        reached = [await self._end_pod(job, pod, grace) for pod in begun]
+        if job and not job.end and job.parallelism and not any(reached) and not any(pod.over for pod in known):
+            await self._withdraw(job)
 
     async def logs(self, handle: Handle, *, after: str | None = None, follow: bool = False) -> AsyncIterator[LogLine]:
-        cursor = parse(after)
         while not self._closed:
             try:
                 pod, ended = await self._log_source(handle.runner_id)
-                if pod is None and ended and after != LOST:
-                    yield LogLine(LOST, b"[the log is lost: its pod was deleted]")
-                if pod:
-                    reader = LogReader(cursor)
+                if kept := self._kept.get(handle.runner_id):
+                    if ended:
+                        await _briefly(kept.whole)
+                    for line in kept.after(after):
+                        yield line
+                        after = line.cursor
+                elif pod:
+                    reader = LogReader(parse(after))
                     async for line in self._read_log(pod, reader, follow=follow and not ended):
                         yield line
-                    cursor = reader.cursor
+                    after = str(reader.cursor) if reader.cursor else after
+                elif ended and after != LOST:
+                    yield LogLine(LOST, b"[the log is lost: its pod was deleted]")
             except LauncherUnavailable:
                 if not self._closed:
                     raise
@@ -184,17 +193,15 @@ class KubernetesLauncher:
         if job:
             await self._delete("jobs", job.name, {"propagationPolicy": "Background", "preconditions": {"uid": job.uid}})
             self._jobs.drop(job.name)
-            if not self._known(runner_id):  # the copy may be late, and the pod just made
-                query = {"labelSelector": f"{jobs.RUNNER}={jobs.label_value(runner_id)}"}
-                for item in (await self._ask("GET", self._cluster.path("pods"), query))["items"]:
-                    self._pods.put(item)
+            await self._look_for_pods(runner_id)
         for pod in self._known(runner_id):
             if not (job and pods.is_over(pod, time.time())):  # else it goes with its Job
                 await self._delete("pods", pod.name, {"gracePeriodSeconds": 1, "preconditions": {"uid": pod.uid}})
         await self._until_nothing_lives(runner_id, GONE_SECONDS)
+        if kept := self._kept.pop(runner_id, None):
+            kept.stop()
         for known in (self._last, self._held):
             known.pop(runner_id, None)
-        self._told.discard(runner_id)
 
     async def ping(self) -> None:
         await self._ask("GET", self._cluster.path("jobs"), query={**self._ours, "limit": 1})
@@ -226,7 +233,7 @@ class KubernetesLauncher:
         self._closed = True
         for watcher in self._watchers:
             watcher.put_nowait(None)
-        for task in [*self._claims, *([self._asking] if self._asking else [])]:
+        for task in [*self._beside, *([self._asking] if self._asking else [])]:
             task.cancel()
         for reflector in (self._jobs, self._pods, self._warnings):
             await reflector.aclose()
@@ -326,15 +333,13 @@ class KubernetesLauncher:
             known = self._known(runner_id)
             if job is None and not known:
                 return {runner_id: Gone()}
-            if job and runner_id in self._told:
-                job = replace(job, stopped=True)
             seen = pods.look(job, known, self._last.get(runner_id), self._told_of(job, known), time.time())
             match seen:
                 case Held() if job and self._hopeless(runner_id, seen):
                     end = Exit(reason=seen.reason, message=seen.problem, stopped=False)
                     await self._conclude(job, end)
                 case Conclude(exit=end):
-                    if job:
+                    if job and (known or not await self._look_for_pods(runner_id)):
                         await self._conclude(job, end)
                 case Held(problem=problem):
                     return {runner_id: Starting(problem)}
@@ -367,6 +372,14 @@ class KubernetesLauncher:
         self._jobs.put(job)
         return pods.read_job(job)
 
+    async def _look_for_pods(self, runner_id: str) -> bool:
+        """Ask the API where no pod is known: the copy may be late, and the pod just made. Says whether there is one."""
+        if not self._known(runner_id):
+            query = {"labelSelector": f"{jobs.RUNNER}={jobs.label_value(runner_id)},{self._ours['labelSelector']}"}
+            for item in (await self._ask("GET", self._cluster.path("pods"), query))["items"]:
+                self._pods.put(item)
+        return bool(self._known(runner_id))
+
     async def _conclude(self, job: Job, end: Exit) -> None:
         """Write an end on the Job, for good, and see to it that it has no pod any more."""
         body = {"metadata": {"annotations": {pods.END: pods.written(end)}}, "spec": {"parallelism": 0}}
@@ -389,46 +402,55 @@ class KubernetesLauncher:
 
     # Ending.
 
-    async def _end_pod(self, job: Job | None, pod: Pod, grace: float) -> None:
+    async def _end_pod(self, job: Job | None, pod: Pod, grace: float) -> bool:
+        """Order a pod's end; says no where nothing of it has begun, as far as its node can tell."""
+        if job and job.stopping_at is None:
+            await self._mark(job, {pods.STOPPING: _now()})
         match await self._signal(pod, "TERM" if grace > 0 else "KILL"):
-            case "told":
-                self._told.add(pod.runner_id)
-                if job and not job.stopped:
-                    await self._mark_stopped(job)
+            case "told" if job and not job.stopped:
+                await self._mark(job, {pods.STOPPED: _now()})
+            case "ended" if job and job.stopping_at is None:
+                await self._mark(job, {pods.STOPPING: None})
+            case "no way" if not pod.started:
+                return False
             case "no way" if not pod.deleted or grace <= 0:
                 await self._end_by_deletion(job, pod, grace)
+        return True
 
     async def _signal(self, pod: Pod, name: str) -> Literal["told", "ended", "no way"]:
         """Send a signal to every process of a pod."""
         try:
             await self._cluster.tell(pod.name, CONTAINER, f"kill -{name} -1")
         except Refused as refused:
-            if refused.status != _FORBIDDEN and not _NO_SHELL.search(str(refused)):
+            if pod.started and refused.status != _FORBIDDEN and not _NO_SHELL.search(str(refused)):
                 # Engines say in many ways that a container has just ended; then its pod soon says so too.
                 with contextlib.suppress(LauncherUnavailable):
                     await self._until_nothing_lives(pod.runner_id, KILL_SECONDS)
                     return "ended"
-            log.warning("%s: no way into its container: %s", pod.runner_id, refused)
+            log.info("%s: no way into its container: %s", pod.runner_id, refused)
             return "no way"
         except LauncherUnavailable as error:
-            if name == "TERM":
+            if name == "TERM" and pod.started:
                 raise
-            log.warning("%s: no way into its container: %s", pod.runner_id, error)
-            return "no way"  # if it is the whole API that is away, deleting the pod will show it
+            log.info("%s: no way into its container: %s", pod.runner_id, error)
+            return "no way"  # if it is the whole API that is away, the next call will show it
         return "told"
 
-    async def _mark_stopped(self, job: Job) -> None:
-        await self._patch(job, {"metadata": {"annotations": {pods.STOPPED: f"{time.time():.3f}"}}})
+    async def _withdraw(self, job: Job) -> None:
+        """Let a Job have no pod. What its pod came to until then is read from its last words."""
+        await self._mark(job, {pods.STOPPING: _now()} if job.stopping_at is None else {}, {"spec": {"parallelism": 0}})
+
+    async def _mark(self, job: Job, notes: Mapping[str, str | None], besides: Json | None = None) -> None:
+        await self._patch(job, {"metadata": {"annotations": notes}, **(besides or {})})
 
     async def _end_by_deletion(self, job: Job | None, pod: Pod, grace: float) -> None:
         """Delete a pod, and then let its Job have none: the other way round its grace would be the Job controller's."""
-        if job:
-            await self._mark_stopped(job)
-            self._told.add(pod.runner_id)
+        kept = self._keep_log(pod)
+        await _briefly(kept.begun)
         options = {"gracePeriodSeconds": max(1, math.ceil(grace)), "preconditions": {"uid": pod.uid}}
         await self._delete("pods", pod.name, options)
         if job:
-            await self._patch(job, {"metadata": {}, "spec": {"parallelism": 0}})
+            await self._withdraw(job)
 
     async def _delete(self, kind: str, name: str, options: Json) -> None:
         try:
@@ -454,7 +476,9 @@ class KubernetesLauncher:
         known = sorted(self._known(runner_id), key=lambda pod: pod.created_at)
         return known[0] if known else None, isinstance(seen, Exited)
 
-    async def _read_log(self, pod: Pod, reader: LogReader, *, follow: bool) -> AsyncIterator[LogLine]:
+    async def _read_log(
+        self, pod: Pod, reader: LogReader, *, follow: bool, begun: asyncio.Event | None = None
+    ) -> AsyncIterator[LogLine]:
         query: dict[str, str | int] = {"container": CONTAINER, "timestamps": "true"}
         if isinstance(reader.cursor, Cursor):
             query["sinceTime"] = reader.cursor.since
@@ -463,9 +487,12 @@ class KubernetesLauncher:
         try:
             path = self._cluster.path("pods", pod.name, "log")
             async with self._cluster.stream(path, query, silence=None if follow else 60) as chunks:
+                if begun:
+                    begun.set()
                 async for chunk in chunks:
                     for line in reader.feed(chunk):
                         yield line
+                reader.ended = True
         except Refused as refused:
             if refused.status not in {400, _NOT_FOUND}:  # not started yet, or just gone
                 raise LauncherUnavailable(f"the log of {pod.name} cannot be read: {refused}") from refused
@@ -478,10 +505,41 @@ class KubernetesLauncher:
             for line in reader.finish():
                 yield line
 
+    def _keep_log(self, pod: Pod) -> KeptLog:
+        """Read the log of a pod that is going, from now on to its end; once for each runner."""
+        kept = self._kept.get(pod.runner_id)
+        if kept is None:
+            kept = self._kept[pod.runner_id] = KeptLog()
+            self._do_beside(self._keep(pod, kept), f"keep the log of {pod.name}")
+        return kept
+
+    async def _keep(self, pod: Pod, kept: KeptLog) -> None:
+        reader = LogReader(None)
+        try:
+            while not kept.stopped:
+                there = self._pods_of.get(pod.runner_id, {}).get(pod.uid)
+                async for line in self._read_log(pod, reader, follow=True, begun=kept.begun):
+                    kept.add(line)
+                if reader.ended:
+                    for line in reader.finish():
+                        kept.add(line)
+                if reader.ended or there is None or there.over:
+                    return
+                reader = LogReader(reader.cursor)  # not begun yet, or the connection broke
+                await asyncio.sleep(LOG_SECONDS)
+        except LauncherUnavailable as error:
+            log.warning("%s: its log could not be kept before its pod went: %s", pod.runner_id, error)
+        finally:
+            if not kept.begun.is_set() and self._kept.get(pod.runner_id) is kept:
+                del self._kept[pod.runner_id]
+            kept.begun.set()
+            kept.whole.set()
+
     # What the copies tell.
 
     def _job_changed(self, before: Job | None, now: Job | None) -> None:
-        if one := now or before:
+        one = now or before
+        if one and (before or one.end or one.failed or one.succeeded):  # of a new one there is nothing to say
             self._hint(one.runner_id)
 
     def _pod_changed(self, before: Pod | None, now: Pod | None) -> None:
@@ -489,7 +547,10 @@ class KubernetesLauncher:
             self._pods_of.setdefault(now.runner_id, {})[now.uid] = now
             if "running" not in (before.state if before else {}) and now.started:
                 self._claim_if_needed(now)
-            self._hint(now.runner_id)
+            if now.deleted and now.node:
+                self._keep_log_if_ours(now)
+            if now.news != (before.news if before else pods.NO_NEWS):
+                self._hint(now.runner_id)
         elif before:
             known = self._pods_of.get(before.runner_id, {})
             known.pop(before.uid, None)
@@ -503,9 +564,18 @@ class KubernetesLauncher:
     def _claim_if_needed(self, pod: Pod) -> None:
         job = self._jobs.objects.get(jobs.job_name(pod.runner_id))
         if job and not job.keeps_one_pod and job.first_pod is None and job.uid == pod.job:
-            task = asyncio.create_task(self._claim(job, pod), name=f"claim {pod.name}")
-            self._claims.add(task)
-            task.add_done_callback(self._claims.discard)
+            self._do_beside(self._claim(job, pod), f"claim {pod.name}")
+
+    def _keep_log_if_ours(self, pod: Pod) -> None:
+        """Keep the log of a pod that somebody deletes, unless its Job goes too, or it is not the runner."""
+        job = self._jobs.objects.get(jobs.job_name(pod.runner_id))
+        if job and job.uid == pod.job and job.first_pod in {None, pod.uid}:
+            self._keep_log(pod)
+
+    def _do_beside(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)
 
     def _warning_changed(self, before: Warned | None, now: Warned | None) -> None:
         if before and not now:
@@ -533,6 +603,16 @@ class KubernetesLauncher:
             return await self._cluster.call(method, path, query=query)
         except Refused as refused:
             raise LauncherUnavailable(str(refused)) from refused
+
+
+def _now() -> str:
+    return f"{time.time():.3f}"
+
+
+async def _briefly(news: asyncio.Event) -> None:
+    """Wait for a log that is read, though not for ever: a node may have gone with it."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(news.wait(), KEEP_SECONDS)
 
 
 async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:

@@ -5,6 +5,7 @@ we decided ourselves is written on the Job: its end, where a pod could not tell 
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ from app.reason import Reason
 Json = dict[str, Any]
 
 END = "runner-launcher/end"
+STOPPING = "runner-launcher/stopping-at"
 STOPPED = "runner-launcher/stopped-at"
 FIRST_POD = "runner-launcher/first-pod"
 
@@ -32,6 +34,10 @@ NO_POD_SECONDS = 6.0
 DYING_SECONDS = 10.0
 _PASSING = 0.9
 """What may pass (a full cluster, a quota) has this share of the launch timeout: then it is told by its own name."""
+
+_ON_ITS_WAY = {None, "ContainerCreating", "PodInitializing"}
+News = tuple[bool, bool, bool, bool, bool, str | None]
+NO_NEWS: News = (False, False, False, False, False, None)
 
 _NOT_FOUND = re.compile(
     r"not found|does not exist|manifest unknown|no such image|unknown repository|not present", re.IGNORECASE
@@ -75,7 +81,10 @@ class Warned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What we keep of a Job. ``end`` is what was written on it, ``first_pod`` the uid of the pod that is the runner."""
+    """What we keep of a Job. ``end`` is what was written on it, ``first_pod`` the uid of the pod that is the runner.
+
+    ``stopping_at`` is written before a stop is sent, ``stopped`` when it was.
+    """
 
     name: str
     uid: str
@@ -84,6 +93,7 @@ class Job:
     parallelism: int
     launch_timeout: float
     end: Exit | None
+    stopping_at: float | None
     stopped: bool
     first_pod: str | None
     keeps_one_pod: bool
@@ -117,6 +127,14 @@ class Pod:
     def started(self) -> bool:
         """Whether the main process runs, as far as is known."""
         return "running" in self.state and not self.over
+
+    @property
+    def news(self) -> "News":
+        """What there is to say of it, so far: that a node is at work on it is none."""
+        waiting = (state.get("waiting", {}).get("reason") for state in (self.state, *(state for _, state in self.inits)))
+        held = next((reason for reason in waiting if reason not in _ON_ITS_WAY), None)
+        failed = any(_failed(state) for _, state in self.inits)
+        return self.started, self.over, self.deleted, self.phase == "Failed", failed, self.unschedulable or held
 
     @property
     def over(self) -> bool:
@@ -155,6 +173,7 @@ def read_job(job: Json) -> Job:
         parallelism=spec.get("parallelism", 1),
         launch_timeout=float(notes.get(LAUNCH_TIMEOUT, 300)),
         end=_read_end(notes.get(END)),
+        stopping_at=_time(notes.get(STOPPING)),
         stopped=STOPPED in notes,
         first_pod=notes.get(FIRST_POD),
         keeps_one_pod=spec.get("podReplacementPolicy") == "Failed",
@@ -237,7 +256,7 @@ def look(
     if job and (len(pods) > 1 or job.first_pod not in {None, first.uid}):
         return _second(job, pods, last, now)
     if not alive:
-        return Exited(_end(first, stopped=bool(job and job.stopped)))
+        return Exited(_end(first, stopped=_stopped(job, first)))
     if first.started:
         return Running()
     return _held(job, first, warnings.get(first.uid, ()))
@@ -253,30 +272,48 @@ def _second(job: Job, pods: Sequence[Pod], last: Pod | None, now: float) -> Conc
     others = ", ".join(pod.name for pod in pods if first is None or pod.uid != first.uid)
     told = f"Kubernetes started a second pod, {others}, which was ended"
     if first and "terminated" in first.state and is_over(first, now):
-        return Conclude(_end(first, stopped=job.stopped))
-    end = _vanished(first, stopped=job.stopped)
+        return Conclude(_end(first, stopped=_stopped(job, first)))
+    end = _vanished(first, stopped=_asked(job))
     return Conclude(replace(end, message=f"{end.message}; {told}"))
 
 
 def _without_pod(job: Job, last: Pod | None, warnings: Mapping[str, Sequence[Warned]], now: float) -> Held | Conclude:
-    if last and last.job == job.uid:
-        return Conclude(
-            _end(last, stopped=job.stopped) if "terminated" in last.state else _vanished(last, stopped=job.stopped)
-        )
+    never = job.parallelism == 0 and not job.first_pod
+    if last and last.job == job.uid and "terminated" in last.state:
+        return Conclude(_end(last, stopped=_stopped(job, last)))
+    if last and last.job == job.uid and not (never and "running" not in last.state):
+        return Conclude(_vanished(last, stopped=_asked(job)))
     if job.succeeded:
         return Conclude(Exit(code=0, message="its pod was gone before it could be read; the Job says that it succeeded"))
     if job.failed:
         text = f"its pod was gone before it could be read; the Job says {job.failed}"
-        return Conclude(Exit(reason=Reason.LOST, message=text, stopped=job.stopped or None))
+        return Conclude(Exit(reason=Reason.LOST, message=text, stopped=_asked(job) or None))
     if job.first_pod:
-        return Conclude(_vanished(None, stopped=job.stopped))
-    if job.parallelism == 0:
+        return Conclude(_vanished(None, stopped=_asked(job)))
+    if never:
         return Conclude(Exit(stopped=True, message="ended before it started"))
     refusals = [warned for warned in warnings.get(job.uid, ()) if warned.reason == "FailedCreate"]
     if refusals:
         return _refused(job, max(refusals, key=lambda warned: warned.at).message)
     late = now - job.created_at > NO_POD_SECONDS
     return Held(problem="no pod was made for its Job yet; is the Job controller running?" if late else None)
+
+
+def _asked(job: Job) -> bool:
+    return job.stopped or job.stopping_at is not None
+
+
+def _stopped(job: Job | None, pod: Pod) -> bool:
+    """Say whether our stop came before a program's end; where a service died in the middle of it, only the times tell.
+
+    A kubelet tells whole seconds: of an end within the second of our stop it is said that it came of that.
+    """
+    if job is None or not _asked(job):
+        return False
+    finished = pod.state.get("terminated", {}).get("finishedAt")
+    if job.stopped or job.stopping_at is None or not finished:
+        return True
+    return seconds(finished) >= math.floor(job.stopping_at)
 
 
 def _refused(job: Job, message: str) -> Held:
@@ -350,6 +387,8 @@ def _end(pod: Pod, *, stopped: bool) -> Exit:
     if why == "ContainerStatusUnknown":
         reason, text = disruption or (Reason.LOST, f"{why}: {words}")
         return replace(end, code=None, reason=reason, message=text)
+    if why in {"ContainerCannotRun", "StartError"} and stopped:  # torn down as it was being made
+        return replace(end, code=None, stopped=True, message=f"ended before it started: {words}")
     if why in {"ContainerCannotRun", "StartError"}:
         return replace(end, reason=Reason.CONFIG_ERROR, message=f"{why}: {words}")
     if disruption and code != 0:
@@ -388,6 +427,13 @@ def _state(status: Json) -> Json:
     state: Json = status.get("state") or {}
     before = (status.get("lastState") or {}).get("terminated")
     return {"terminated": before} if before and "running" not in state else state
+
+
+def _time(text: str | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None
 
 
 def _read_end(text: str | None) -> Exit | None:

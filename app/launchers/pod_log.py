@@ -4,9 +4,10 @@ The API resumes by whole seconds only. So a cursor is a second to read from, how
 time of the last of them, which shows whether the count still fits; where it does not, lines have been rotated away.
 """
 
+import asyncio
 import re
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -18,9 +19,15 @@ PART = 16_384
 """Engines cut lines here, and the API puts a time before every part of them."""
 
 MAX_LINE = 4 * 2**20
+KEPT_BYTES = 16 * 2**20
+"""How much of the log of a pod that is going is kept in memory until it is safe elsewhere."""
+
 LOST = "lost"
 
 _TIME = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d) ")
+_COMPLAINT = re.compile(rb"rpc error: |failed to (try resolving symlinks|watch|open log)|unable to retrieve container logs")
+"""What a kubelet writes into a log that is being taken from it; no program's line comes without a time."""
+
 _GAP = b"[some output is missing here: the log was rotated]"
 
 
@@ -51,10 +58,14 @@ def parse(cursor: str | None) -> Cursor | None:
 
 
 class LogReader:
-    """Makes lines with cursors of the bytes that one request answers, which was made ``after`` a cursor."""
+    """Makes lines with cursors of the bytes that one request answers, which was made ``after`` a cursor.
+
+    Whoever makes the request notes when its answer has ``ended`` by itself.
+    """
 
     def __init__(self, after: Cursor | None) -> None:
         self.cursor = after
+        self.ended = False
         self._after = after
         self._skip = after.count if after else 0
         self._held: deque[tuple[bytes, bytes]] = deque()
@@ -80,6 +91,8 @@ class LogReader:
 
     def _line(self, line: bytes) -> Iterator[LogLine]:
         time, text = _split(line)
+        if not time and _COMPLAINT.match(text):
+            return
         if not self._skip:
             yield self._told(time, text)
             return
@@ -123,6 +136,50 @@ class LogReader:
             del self._per_second[old]
         self.cursor = Cursor(newest - 1, self._per_second[newest] + self._per_second[newest - 1], time.decode())
         return LogLine(str(self.cursor), text)
+
+
+class KeptLog:
+    """The log of a pod that is going: as many of its newest lines as there is room for.
+
+    ``begun`` is set once it is being read, ``whole`` when nothing more comes.
+    """
+
+    def __init__(self, room: int = KEPT_BYTES) -> None:
+        self._room = room
+        self.begun, self.whole = asyncio.Event(), asyncio.Event()
+        self.stopped = False
+        self._lines: deque[LogLine] = deque()
+        self._bytes = 0
+        self._dropped = False
+
+    def stop(self) -> None:
+        """Nobody will read this any more."""
+        self.stopped = True
+        self._lines.clear()
+
+    def add(self, line: LogLine) -> None:
+        """Keep one more line."""
+        self._lines.append(line)
+        self._bytes += len(line.text)
+        while self._bytes > self._room and len(self._lines) > 1:
+            self._bytes -= len(self._lines.popleft().text)
+            self._dropped = True
+
+    def after(self, cursor: str | None) -> Sequence[LogLine]:
+        """Give the lines behind a cursor, a word of what is missing before them included."""
+        lines = list(self._lines)
+        found = next((number for number, line in enumerate(lines) if line.cursor == cursor), None)
+        if found is not None:
+            return lines[found + 1 :]
+        known = parse(cursor)
+        later = [line for line in lines if known is None or _cursor_time(line) > known.time]
+        gap = [LogLine(later[0].cursor, _GAP)] if later and (self._dropped or known) else []
+        return [*gap, *later]
+
+
+def _cursor_time(line: LogLine) -> str:
+    cursor = parse(line.cursor)
+    return cursor.time if cursor else ""
 
 
 def _split(line: bytes) -> tuple[bytes, bytes]:

@@ -262,15 +262,16 @@ def spec_of(runner_id: str, slot: Path, command: tuple[str, ...]) -> LaunchSpec:
 class Bare:
     """The bare client's process."""
 
+    script = str(Path(__file__).absolute())
+
     def __init__(self, home: Path, installation: str) -> None:
         self._arguments = ["--bare", str(home), installation]
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
         pipe = asyncio.subprocess.PIPE
-        script = str(Path(__file__).absolute())
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, script, *self._arguments, stdin=pipe, stdout=pipe, limit=2**24
+            sys.executable, self.script, *self._arguments, stdin=pipe, stdout=pipe, limit=2**24
         )
 
     async def run(self, launches: int, at_once: int) -> tuple[float, list[float], float]:

@@ -88,15 +88,16 @@ class KubernetesHarness:
         return bool(await self.world.pods(handle.runner_id))
 
     async def copies(self, handle: Handle) -> int:
-        started = 0
-        for _ in range(50):  # events come a little late
-            events = (await self.world.call("GET", "events", fieldSelector="reason=Started"))["items"]
-            ours = [one for one in events if one["involvedObject"]["name"].startswith(f"{handle.job_name}-")]
-            started = sum(one.get("count") or 1 for one in ours)
-            if started:
-                break
-            await asyncio.sleep(0.1)
-        return started
+        """Count the pods that started something: those that are there, and those that left an event, which come late."""
+        events = (await self.world.call("GET", "events", fieldSelector="reason=Started"))["items"]
+        about = [(one["involvedObject"], one.get("count") or 1) for one in events]
+        started = {pod["uid"]: count for pod, count in about if pod["name"].startswith(f"{handle.job_name}-")}
+        for pod in await self.world.pods(handle.runner_id):
+            states = pod["status"].get("containerStatuses", [])
+            seen = sum(one["restartCount"] + ("waiting" not in one["state"]) for one in states)
+            if seen:
+                started[pod["metadata"]["uid"]] = max(seen, started.get(pod["metadata"]["uid"], 0))
+        return sum(started.values())
 
     async def processes(self, handle: Handle) -> int | None:
         """Count where the kernel of this machine shows them; None where it shows none, for it may be another's."""

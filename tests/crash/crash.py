@@ -1,10 +1,10 @@
 """The crash test: a real service is killed again and again with launches in flight, and nothing may be lost or doubled.
 
-    python tests/crash/crash.py --rounds 500 [--kind docker] [--seed N] [--plant late-intent]
+    python tests/crash/crash.py --rounds 500 [--kind docker | kubernetes] [--seed N] [--plant late-intent]
 
 A round starts a fresh set of launches, as Dispatchers do: each with a key, repeated until it is answered. In the middle the
 service dies by SIGKILL, at a random instant, at a named point of its code (service.py) or of its talk with the engine
-(containers.py), and is started again. When all launches have ended the judge compares, from outside: what the runners
+(proxy.py), and is started again. When all launches have ended the judge compares, from outside: what the runners
 themselves wrote into a journal, which processes and run directories there are or what the engine lists, and only then the
 records. A round in which nothing was in flight at the kill does not count.
 """
@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ from typing import Any, Protocol
 
 import containers
 import httpx
+import jobs
+import yaml
+from proxy import Proxy
 
 POINTS = [
     "random",
@@ -69,6 +73,7 @@ class Launch:
     seconds: float
     code: int
     stop: bool
+    stop_early: bool = True
     asked: bool = False
     runner_id: str | None = None
     record: dict[str, Any] = field(default_factory=dict)
@@ -81,6 +86,8 @@ class World(Protocol):
     settings: dict[str, str]
     settle_seconds: float
     spread_seconds: float
+    early_stops: float
+    """How often a stop follows its launch at once, and not when the runner is known to run."""
 
     async def open(self) -> None: ...
     async def close(self) -> None: ...
@@ -100,6 +107,7 @@ class LocalProcesses:
 
     settle_seconds = 15.0
     spread_seconds = 0.02
+    early_stops = 1.0
 
     def __init__(self, home: Path) -> None:
         self._home = home
@@ -139,11 +147,17 @@ class Containers:
 
     settle_seconds = 60.0
     spread_seconds = 0.1
+    early_stops = 1.0
 
     def __init__(self, home: Path) -> None:
         self._home = home
         self._name = f"crash-{secrets.token_hex(6)}"
-        self._proxy = containers.Proxy(home / "engine.sock")
+        self._socket = home / "engine.sock"
+        self._proxy = Proxy(
+            containers.CALLS,
+            lambda connected: asyncio.start_unix_server(connected, self._socket),
+            lambda: asyncio.open_unix_connection(containers.ENGINE),
+        )
         self.points = containers.POINTS
         self.settings = {"INSTALLATION": self._name}
 
@@ -161,7 +175,7 @@ class Containers:
             "    config:",
             "      image: busybox:latest",
             "      pull_policy: never",
-            f"      docker_host: unix://{self._proxy.path}",
+            f"      docker_host: unix://{self._socket}",
             f"      volumes: {{{self._home / 'witness'}: /witness}}",
             "      command: [sh, /witness/runner.sh]",
             f"      environment: {environment}",
@@ -179,7 +193,65 @@ class Containers:
         return {entry["Labels"][containers.RUNNER_ID]: entry["State"] == "running" for entry in found}
 
 
-WORLDS: dict[str, Callable[[Path], World]] = {"local-process": LocalProcesses, "docker": Containers}
+class Jobs:
+    """Runners are Jobs of a Kubernetes cluster, with a proxy in front of its API. Its node is this machine."""
+
+    settle_seconds = 200.0
+    spread_seconds = 0.3
+    early_stops = 0.1  # old kubelets take a minute to let go of a pod that never started
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._name = f"crash-{secrets.token_hex(6)}"
+        self._cluster = jobs.Cluster(self._name)
+        self._port = free_port()
+        self._proxy = Proxy(
+            jobs.CALLS,
+            lambda connected: asyncio.start_server(connected, "127.0.0.1", self._port),
+            self._cluster.connect,
+        )
+        self.points = jobs.POINTS
+        self.settings = {"INSTALLATION": self._name}
+
+    async def open(self) -> None:
+        await self._cluster.open()
+        await self._proxy.open()
+        (self._home / "kubeconfig").write_text(self._cluster.kubeconfig(self._port))
+        volume = {"name": "witness", "hostPath": {"path": str(self._home / "witness")}}
+        runner = {"name": "runner", "volumeMounts": [{"name": "witness", "mountPath": "/witness"}]}
+        template = {"spec": {"template": {"spec": {"volumes": [volume], "containers": [runner]}}}}
+        (self._home / "job.yaml").write_text(yaml.safe_dump({"apiVersion": "batch/v1", "kind": "Job", **template}))
+
+    async def close(self) -> None:
+        await self._proxy.close()
+        await self._cluster.close()
+
+    def pool(self, environment: dict[str, str]) -> list[str]:
+        environment |= {"JOURNAL": "/witness/journal"}
+        return [
+            "    type: kubernetes",
+            "    config:",
+            f"      kubeconfig: {self._home / 'kubeconfig'}",
+            f"      namespace: {self._name}",
+            f"      job_template: {self._home / 'job.yaml'}",
+            "      image: busybox:latest",
+            "      image_pull_policy: IfNotPresent",
+            "      command: [sh, /witness/runner.sh]",
+            f"      environment: {environment}",
+        ]
+
+    def arm(self, point: str, count: int, service: "Service") -> None:
+        self._proxy.arm(point, count, service.strike)
+
+    async def calm(self) -> None:
+        await self._proxy.come_back()
+
+    async def leftovers(self) -> dict[str, bool]:
+        """List Jobs, pods and Secrets."""
+        return await self._cluster.left(self._name)
+
+
+WORLDS: dict[str, Callable[[Path], World]] = {"local-process": LocalProcesses, "docker": Containers, "kubernetes": Jobs}
 
 
 @dataclass
@@ -286,7 +358,8 @@ async def dispatch(service: Service, launch: Launch, slot: Path) -> None:
                     told = answer.json()
                     launch.runner_id = told.get("runner", told).get("runner_id")  # a launch that failed is a record, too
                     continue
-                if launch.stop and not stopped:
+                ready = launch.stop_early or launch.record.get("phase") == "running"
+                if launch.stop and not stopped and ready:
                     await client.delete(f"/runners/{launch.runner_id}", params={"grace": 0.2})
                     stopped = True
                 launch.record = (await client.get(f"/runners/{launch.runner_id}")).json()
@@ -301,10 +374,19 @@ async def play(service: Service, number: int, point: str, rng: random.Random, ve
     """Play one round, and judge it."""
     home, world = service.home, service.world
     launches = [
-        Launch(f"task-{number}-{index}", rng.choice([0, 0, 0.05, 0.2]), rng.choice([0, 0, 3]), stop=index < STOPPED)
+        Launch(
+            f"task-{number}-{index}",
+            rng.choice([0, 0, 0.05, 0.2]),
+            rng.choice([0, 0, 3]),
+            stop=index < STOPPED,
+            stop_early=rng.random() < world.early_stops,
+        )
         for index in range(LAUNCHES)
     ]
-    await service.start(point, rng.randrange(STOPPED if point.startswith(("stop", "kill", "running")) else LAUNCHES - 1))
+    await service.start(
+        point,
+        rng.randrange(STOPPED if point.startswith(("stop", "kill", "running", "exec", "list", "watch")) else LAUNCHES - 1),
+    )
     dispatchers = []
     for index, launch in enumerate(launches):
         if launch.stop:
@@ -382,10 +464,8 @@ async def what_is_left(service: Service, *, late: bool) -> dict[str, bool]:
 
 
 async def settled(world: World) -> dict[str, bool]:
-    for _ in range(100):
-        left = await world.leftovers()
-        if not left:
-            break
+    deadline = time.monotonic() + max(5.0, world.settle_seconds / 5)
+    while (left := await world.leftovers()) and time.monotonic() < deadline:
         await asyncio.sleep(0.05)
     return left
 
@@ -420,6 +500,7 @@ def prepare(home: Path, world: World) -> None:
     """Write a pool for each way that a runner may go."""
     witness = home / "witness"
     witness.mkdir()
+    home.chmod(0o711)  # runners may be of other users
     witness.chmod(0o777)
     (witness / "runner.sh").write_text(RUNNER)
     lines = ["agent_pools:"]
@@ -447,12 +528,12 @@ async def main() -> int:
     rng = random.Random(options.seed)  # noqa: S311 - a schedule, to be repeated by its seed
     home = Path(tempfile.mkdtemp(prefix="crash-"))
     world = WORLDS[options.kind](home)
-    prepare(home, world)
     points = options.point or POINTS + world.points
     service, verdict = Service(home, world, options.plant), Verdict(options.kind, ["random", *points])
-    await world.open()
     number = 0
     try:
+        await world.open()
+        prepare(home, world)
         while verdict.rounds < options.rounds and number < 2 * options.rounds + 20:
             point = "planted" if options.plant else points[number % len(points)]
             await play(service, number, point, rng, verdict)
