@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from fastapi import FastAPI
 
 from app import __version__
-from app.api import engines, events, gate, health, pools, problems, runners
+from app.api import engines, events, gate, health, page, pools, problems, runners
 from app.api.answers import describe
 from app.api.auth import Authenticator
 from app.errors import ConfigurationError
@@ -82,7 +82,7 @@ def create_app(
     app.state.authenticator = Authenticator(now)
     app.add_middleware(gate.Gate, authenticator=app.state.authenticator, public_url=settings.public_url)
     problems.install(app)
-    for module in (runners, events, pools, engines, health):
+    for module in (runners, events, pools, engines, health, page):
         app.include_router(module.router)
     app.openapi = functools.partial(describe, app)  # type: ignore[method-assign] # FastAPI's own way
     return app
