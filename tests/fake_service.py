@@ -1,6 +1,7 @@
 """The service on a port, with runners that only exist in memory: any number of them, in any state, of any kind of pool."""
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -28,6 +29,8 @@ class FakeService:
     slots: Path
     client: httpx.AsyncClient
     worlds: dict[str, FakeWorld] = field(repr=False)
+    ahead: list[float] = field(default_factory=lambda: [0.0])
+    """By how many seconds, in all, the service's clock goes before the real one."""
 
     async def launch(self, pool: str, task: str, *, slot: str | None = None, **more: Any) -> str:  # noqa: ANN401 - JSON
         """Launch a runner, wait for nothing, and give its id."""
@@ -59,25 +62,28 @@ async def fake_service(directory: Path, pools: Json, **settings: Any) -> AsyncIt
     (directory / "slots").mkdir()
     (directory / "pools.yaml").write_text(yaml.safe_dump({"agent_pools": pools}))
     worlds: defaultdict[str, FakeWorld] = defaultdict(FakeWorld)
+    ahead = [0.0]
     known = {
         "state_dir": directory / "state",
         "pools_file": directory / "pools.yaml",
         "slot_roots": (directory / "slots",),
         **settings,
     }
-    app = create_app(Settings(**known), launchers=lambda engine: FakeLauncher(worlds[engine]))
+    app = create_app(
+        Settings(**known), launchers=lambda engine: FakeLauncher(worlds[engine]), now=lambda: time.time() + sum(ahead)
+    )
     async with app.router.lifespan_context(app):
         config = uvicorn.Config(app, port=0, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)
         serving = asyncio.create_task(server.serve())
         while not server.started:
             await asyncio.sleep(0.01)
-        url = "http://127.0.0.1:{}".format(server.servers[0].sockets[0].getsockname()[1])
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         token = (directory / "state" / "token").read_text().strip()
         try:
             headers = {"Authorization": f"Bearer {token}"}
             async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as client:
-                yield FakeService(url, token, directory / "slots", client, worlds)
+                yield FakeService(url, token, directory / "slots", client, worlds, ahead)
         finally:
             app.state.service.draining.set()
             server.should_exit = True

@@ -1,6 +1,6 @@
 """Take the pictures of docs/screenshots anew: the status page on a desktop and a phone, light and dark, idle and busy.
 
-    python tests/screenshots.py [DIRECTORY]
+python tests/screenshots.py [DIRECTORY]
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from fake_service import FakeService, fake_service
 from playwright.async_api import Browser, Page, async_playwright
 
-from app.launcher import Exit, Running, Starting
+from app.launcher import Exit
 
 CHROMIUM = "/usr/bin/chromium"
 DESKTOP = {"width": 1440, "height": 900}
@@ -23,7 +23,13 @@ PHONE = {"width": 390, "height": 844}
 Scheme = Literal["light", "dark"]
 
 POOLS = {
-    "local": {"type": "local-process", "max_concurrency": 60, "cpu_quota": 1, "memory_quota": 512, "config": {"command": ["fake"]}},
+    "local": {
+        "type": "local-process",
+        "max_concurrency": 60,
+        "cpu_quota": 1,
+        "memory_quota": 512,
+        "config": {"command": ["fake"]},
+    },
     "docker": {
         "type": "docker",
         "max_concurrency": 80,
@@ -36,9 +42,22 @@ POOLS = {
         "max_concurrency": 60,
         "config": {"image": "registry.example.org/agent:3", "command": ["fake"], "queue_limit": 40},
     },
-    "nightly": {"type": "docker", "max_concurrency": 8, "enabled": False, "config": {"docker_host": "tcp://builder:2376", "user": "1000"}},
+    "nightly": {
+        "type": "docker",
+        "max_concurrency": 8,
+        "enabled": False,
+        "config": {"docker_host": "tcp://builder:2376", "user": "1000"},
+    },
 }
-WORK = ("add-greeting", "fix-login-redirect", "upgrade-orm", "split-invoice-service", "retry-webhooks", "tidy-settings", "index-search")
+WORK = (
+    "add-greeting",
+    "fix-login-redirect",
+    "upgrade-orm",
+    "split-invoice-service",
+    "retry-webhooks",
+    "tidy-settings",
+    "index-search",
+)
 LOG = """\
 Reading the task: Split the invoice service
 Branch agent/split-invoice-service from main at 4be1d09
@@ -82,7 +101,13 @@ async def take(directory: Path) -> None:
 
 @asynccontextmanager
 async def opened(
-    browser: Browser, service: FakeService, scheme: Scheme, size: Any, *, at: str = "", token: bool = True  # noqa: ANN401 - playwright's own
+    browser: Browser,
+    service: FakeService,
+    scheme: Scheme,
+    size: Any,
+    *,
+    at: str = "",
+    token: bool = True,  # noqa: ANN401 - playwright's own
 ) -> AsyncIterator[Page]:
     """Open the page as somebody who has given a token."""
     phone = size is PHONE
@@ -108,25 +133,35 @@ async def shoot(page: Page, file: Path) -> None:
 async def busy(service: FakeService) -> tuple[str, str]:
     """Let 200 runners live, and some have ended; give one that failed and one that writes a log."""
     names = (f"{work}-{number}" for number in itertools.count(101) for work in (WORK[number % len(WORK)],))
-    ends = [Exit(code=0), Exit(code=0), Exit(code=1), Exit(signal="SIGKILL", oom_killed=True), Exit(code=0), Exit(signal="SIGSEGV")]
+    ends = [
+        Exit(code=0),
+        Exit(code=0),
+        Exit(code=1),
+        Exit(signal="SIGKILL", oom_killed=True),
+        Exit(code=0),
+        Exit(signal="SIGSEGV"),
+    ]
     for end in ends * 4:
         ended = await service.launch("local", next(names))
         await service.runs(ended)
         service.world(ended).happen(ended, b"Reading the task\nTraceback (most recent call last):\nValueError: no plan\n")
         service.world(ended).happen(ended, end)
-    for pool in ["local"] * 52 + ["docker"] * 70 + ["cluster"] * 60:
+    for pool in ["local"] * 52 + ["docker"] * 72 + ["cluster"] * 60:
         await service.launch(pool, next(names), metadata={"spec_name": "billing"})
     for _ in range(9):
         await service.launch("cluster", next(names))
-    starting = [await service.launch("docker", next(names)) for _ in range(6)]
-    await service.runs(*starting)
-    for number, runner in enumerate(starting):
-        words = ("pulling registry.example.org/agent:3, 61 %", "waiting for a place to pull from registry.example.org")[number % 2]
-        service.world(runner).happen(runner, Starting(words))
+    docker = next(
+        world for engine, world in service.worlds.items() if engine.startswith("docker") and "builder" not in engine
+    )
+    docker.hang_launches(6)
+    docker.progress = ["pulling registry.example.org/agent:3, 61 %"]
+    for _ in range(6):
+        await service.launch("docker", next(names))
+    await asyncio.sleep(1)
+    docker.progress = []
     failed = await service.launch("local", next(names))
     running = await service.launch("docker", "split-invoice-service")
     await service.runs(failed, running)
-    service.world(running).happen(running, Running())
     service.world(running).happen(running, LOG.encode())
     service.world(failed).happen(failed, b"Reading the task\nBuilding the index of 48,211 files\n")
     service.world(failed).happen(failed, Exit(signal="SIGKILL", oom_killed=True))

@@ -532,7 +532,7 @@ function tellDiagnosis(diagnosis, record) {
   show($("diagnosis"), telling);
   $("diagnosis").dataset.state = condition(record);
   text($("diagnosis-title"), isLive(record) ? "What it waits for" : "What happened");
-  text($("cause"), `${diagnosis.likely_cause}.`);
+  text($("cause"), `${capital(diagnosis.likely_cause)}.`);
   text($("step"), `${diagnosis.next_step}.`);
 }
 
