@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo serve check test crash faults openapi lock clean
+.PHONY: help demo serve check test crash faults openapi screenshots lock clean
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
@@ -42,6 +42,9 @@ faults: .venv/ready ## the faults of engines that take minutes to show, on real 
 
 openapi: .venv/ready ## write openapi/ anew from the app
 	$(BIN)/runner-launcher openapi > openapi/runner-launcher.yaml
+
+screenshots: .venv/ready ## take the pictures of the status page in docs/screenshots anew, with a Chromium that is there
+	$(BIN)/python tests/screenshots.py docs/screenshots
 
 lock: .venv/ready ## pin every dependency again, with hashes
 	$(BIN)/python -m pip install --quiet uv

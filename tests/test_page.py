@@ -231,22 +231,24 @@ WAITING: Json = {"type": "local-process", "max_concurrency": 2, "config": {"comm
 RUNNING: Json = {"type": "docker", "max_concurrency": 2, "config": {"image": "agent", "command": ["fake"]}}
 
 
+async def judged(page: Page) -> None:
+    """Let axe-core look at the page as it is now, and see that nothing of it lies beyond the screen's edge."""
+    await page.evaluate(AXE)
+    found = (await page.evaluate("axe.run()"))["violations"]
+    assert not found, [(each["id"], [node["html"] for node in each["nodes"]][:3]) for each in found]
+    assert await page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_it_is_accessible_and_fits_a_phone(browser: Browser, tmp_path: Path, scheme: Literal["light", "dark"]) -> None:
-    async def judged() -> None:
-        await page.evaluate(AXE)
-        found = (await page.evaluate("axe.run()"))["violations"]
-        assert not found, [(each["id"], [node["html"] for node in each["nodes"]][:3]) for each in found]
-        assert await page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
-
     async with fake_service(tmp_path, {"waiting": WAITING, "running": RUNNING}) as service:
         page = await browser.new_page(color_scheme=scheme, viewport={"width": 390, "height": 844}, reduced_motion="reduce")
         await page.goto(service.url)
         await expect(page.get_by_label("Token")).to_be_focused()
-        await judged()
+        await judged(page)
         await enter(page, service.url, "guessed")
         await expect(page.get_by_role("alert")).to_be_visible()
-        await judged()
+        await judged(page)
         service.worlds["local-process"].hang_launches()
         service.worlds["local-process"].progress = ["pulling the image, 61 %"]
         starting = await service.launch("waiting", "x" * 80)
@@ -261,12 +263,12 @@ async def test_it_is_accessible_and_fits_a_phone(browser: Browser, tmp_path: Pat
             await page.reload()
             await expect(page.get_by_role("alert")).to_contain_text("does not answer")
             await expect(page.get_by_role("link", name="Running c")).to_contain_text("May be out of date")
-            await judged()
+            await judged(page)
         for id_ in (failed, starting, running):
             await page.goto(f"{service.url}/#/runners/{id_}")
             await expect(page.locator("#timeline")).to_contain_text("Accepted")
-            await judged()
+            await judged(page)
         await page.get_by_role("button", name="Stop…").click()
         await expect(page.get_by_role("dialog")).to_be_visible()
-        await judged()
+        await judged(page)
         await page.close()

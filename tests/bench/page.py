@@ -1,4 +1,4 @@
-"""Figures of the status page with many runners: how long it is busy, in a real Chromium, while it loads and in a burst of ends.
+"""Figures of the status page with many runners: how long a real Chromium is busy with it.
 
     python tests/bench/page.py [--runners 5000] [--burst 2000]
 
@@ -23,7 +23,8 @@ CHROMIUM = "/usr/bin/chromium"
 POOL = {"type": "local-process", "max_concurrency": 100_000, "config": {"command": ["fake"]}}
 WATCH = """
     window.tasks = []; window.gap = 0; let last = performance.now();
-    new PerformanceObserver((list) => tasks.push(...list.getEntries().map((each) => each.duration))).observe({type: "longtask"});
+    const note = (list) => tasks.push(...list.getEntries().map((each) => each.duration));
+    new PerformanceObserver(note).observe({type: "longtask"});
     (function frame(now) { if (now) { gap = Math.max(gap, now - last); last = now; } requestAnimationFrame(frame); })();
 """
 
@@ -33,7 +34,9 @@ async def busy(page: Page, what: str, begun: float) -> None:
     tasks = await page.evaluate("tasks.splice(0)")
     gap = await page.evaluate("[gap, gap = 0][0]")
     longest = max(tasks, default=0)
-    print(f"{what:<34} {time.monotonic() - begun:6.2f} s   tasks beyond 50 ms: {len(tasks):3}   longest {longest:4.0f} ms   longest without a frame {gap:4.0f} ms")
+    print(
+        f"{what:<34} {time.monotonic() - begun:6.2f} s   tasks beyond 50 ms: {len(tasks):3}   longest {longest:4.0f} ms   longest without a frame {gap:4.0f} ms"
+    )
 
 
 async def measure(service: FakeService, runners: int, burst: int) -> None:
@@ -47,6 +50,7 @@ async def measure(service: FakeService, runners: int, burst: int) -> None:
 
     await asyncio.gather(*(launch(number) for number in range(runners)))
     await service.runs(*ids)
+    print(f"{runners} runners launched", flush=True)
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = await browser.new_page(viewport={"width": 1440, "height": 900})
