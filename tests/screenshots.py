@@ -10,16 +10,16 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fake_service import FakeService, fake_service
-from playwright.async_api import Browser, Page, async_playwright
+from playwright.async_api import Browser, Page, ViewportSize, async_playwright
 
 from app.launcher import Exit
 
 CHROMIUM = "/usr/bin/chromium"
-DESKTOP = {"width": 1440, "height": 900}
-PHONE = {"width": 390, "height": 844}
+DESKTOP: ViewportSize = {"width": 1440, "height": 900}
+PHONE: ViewportSize = {"width": 390, "height": 844}
 Scheme = Literal["light", "dark"]
 
 POOLS = {
@@ -104,10 +104,10 @@ async def opened(
     browser: Browser,
     service: FakeService,
     scheme: Scheme,
-    size: Any,
+    size: ViewportSize,
     *,
     at: str = "",
-    token: bool = True,  # noqa: ANN401 - playwright's own
+    token: bool = True,
 ) -> AsyncIterator[Page]:
     """Open the page as somebody who has given a token."""
     phone = size is PHONE

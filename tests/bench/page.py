@@ -33,10 +33,8 @@ async def busy(page: Page, what: str, begun: float) -> None:
     """Print what the page's thread did since it was last asked."""
     tasks = await page.evaluate("tasks.splice(0)")
     gap = await page.evaluate("[gap, gap = 0][0]")
-    longest = max(tasks, default=0)
-    print(
-        f"{what:<34} {time.monotonic() - begun:6.2f} s   tasks beyond 50 ms: {len(tasks):3}   longest {longest:4.0f} ms   longest without a frame {gap:4.0f} ms"
-    )
+    longest = f"longest {max(tasks, default=0):4.0f} ms   longest without a frame {gap:4.0f} ms"
+    print(f"{what:<28} {time.monotonic() - begun:6.2f} s   tasks beyond 50 ms: {len(tasks):3}   {longest}", flush=True)
 
 
 async def measure(service: FakeService, runners: int, burst: int) -> None:
