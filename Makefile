@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo serve check test crash faults openapi lint lock clean
+.PHONY: help demo serve check test crash faults openapi lint screenshots lock clean
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
@@ -45,6 +45,9 @@ openapi: .venv/ready ## write openapi/ anew from the app
 
 lint: ## lint openapi/ by Redocly's rules; needs Node and the network
 	npx --yes @redocly/cli@2 lint openapi/runner-launcher.yaml
+
+screenshots: .venv/ready ## take the pictures of the status page in docs/screenshots anew, with a Chromium that is there
+	$(BIN)/python tests/screenshots.py docs/screenshots
 
 lock: .venv/ready ## pin every dependency again, with hashes
 	$(BIN)/python -m pip install --quiet uv

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 
-from app.api import engines, events, gate, health, pools, problems, retention, runners, webhooks
+from app.api import engines, events, gate, health, page, pools, problems, retention, runners, webhooks
 from app.api.answers import API_VERSION, describe
 from app.api.auth import Authenticator
 from app.errors import ConfigurationError
@@ -97,7 +97,7 @@ def create_app(
     app.state.authenticator = Authenticator(now)
     app.add_middleware(gate.Gate, authenticator=app.state.authenticator, public_url=settings.public_url)
     problems.install(app)
-    for module in (runners, events, pools, engines, webhooks, retention, health):
+    for module in (runners, events, pools, engines, webhooks, retention, health, page):
         app.include_router(module.router)
     app.openapi = functools.partial(describe, app)  # type: ignore[method-assign] # FastAPI's own way
     return app

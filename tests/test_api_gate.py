@@ -12,10 +12,12 @@ import pytest
 from conftest import Json, Service, finished, launch_body, launched, problem
 from starlette.routing import BaseRoute, Route
 
+from app.api import gate, page
 from app.main import create_app
 from app.settings import Settings
 
 PROBES = ("/livez", "/readyz")
+PAGE = ("/", "/page/page.css", "/page/icon.svg", "/page/page.js", "/page/fleet.js", "/page/service.js")
 MEBIBYTE = 1024 * 1024
 
 
@@ -36,7 +38,19 @@ def _routes(routes: list[BaseRoute]) -> Iterator[Route]:
 
 
 CALLS = list(calls())
-GUARDED = [(method, path) for method, path in CALLS if path not in PROBES]
+GUARDED = [(method, path) for method, path in CALLS if path not in (*PROBES, *PAGE)]
+
+
+def test_only_probes_and_the_page_itself_are_there_for_everybody() -> None:
+    assert set(page.FILES) == set(PAGE)
+    assert sorted({*PROBES, *PAGE}) == sorted(gate.OPEN)
+
+
+@pytest.mark.parametrize("path", PAGE)
+async def test_the_page_needs_no_token_and_answers_no_foreign_name(client: httpx.AsyncClient, path: str) -> None:
+    assert (await anonymous(client, "GET", path)).status_code == 200
+    assert (await anonymous(client, "HEAD", path)).status_code == 200
+    problem(await client.get(path, headers={"Host": "evil.example"}), 403, "foreign-host")
 
 
 def test_the_calls_tested_here_are_all_there_are() -> None:

@@ -18,7 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api import plain
+from app.api import page, plain
 from app.api.auth import NOBODY, Authenticator, needed
 from app.api.problems import answer
 from app.caller import Caller
@@ -27,7 +27,7 @@ from app.errors import ContextTooLarge, InvalidRequest, NotPermitted, RequestRef
 MAX_BODY_BYTES = 4 * 1024 * 1024
 """Room for the largest context, also when a client writes every character beyond ASCII as an escape."""
 
-OPEN = frozenset({"/livez", "/readyz"})
+OPEN = frozenset({"/livez", "/readyz", *page.FILES})
 HEARTBEAT = re.compile(r"/runners/[^/]+/heartbeat")
 """The one call that a runner makes, with a token of its own that the route checks."""
 

@@ -1,0 +1,94 @@
+"""Figures of the status page with many runners: how long a real Chromium is busy with it.
+
+    python tests/bench/page.py [--runners 5000] [--burst 2000]
+
+A task of the page's thread beyond 50 ms can be felt; what is told is the longest one, and for how long a page that asks for
+a frame every 16 ms got none. The service shares this machine's processors, and its runners are only in memory.
+"""
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fake_service import FakeService, fake_service
+from playwright.async_api import Page, async_playwright
+
+AT_ONCE = 32
+CHROMIUM = "/usr/bin/chromium"
+POOL = {"type": "local-process", "max_concurrency": 100_000, "config": {"command": ["fake"]}}
+WATCH = """
+    window.tasks = []; window.gap = 0; let last = performance.now();
+    const note = (list) => tasks.push(...list.getEntries().map((each) => each.duration));
+    new PerformanceObserver(note).observe({type: "longtask"});
+    (function frame(now) { if (now) { gap = Math.max(gap, now - last); last = now; } requestAnimationFrame(frame); })();
+"""
+
+
+async def busy(page: Page, what: str, begun: float) -> None:
+    """Print what the page's thread did since it was last asked."""
+    tasks = await page.evaluate("tasks.splice(0)")
+    gap = await page.evaluate("[gap, gap = 0][0]")
+    longest = f"longest {max(tasks, default=0):4.0f} ms   longest without a frame {gap:4.0f} ms"
+    print(f"{what:<28} {time.monotonic() - begun:6.2f} s   tasks beyond 50 ms: {len(tasks):3}   {longest}", flush=True)
+
+
+async def measure(service: FakeService, runners: int, burst: int) -> None:
+    """Let runners live, show them, let some end at once, find one, turn a page."""
+    ids: list[str] = []
+    places = asyncio.Semaphore(AT_ONCE)
+
+    async def launch(number: int) -> None:
+        async with places:
+            ids.append(await service.launch("local", f"task-{number}"))
+
+    await asyncio.gather(*(launch(number) for number in range(runners)))
+    await service.runs(*ids)
+    print(f"{runners} runners launched", flush=True)
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = await browser.new_page(viewport={"width": 1440, "height": 900})
+        page.set_default_timeout(120_000)
+        await page.add_init_script(WATCH)
+        await page.goto(service.url)
+        await page.get_by_label("Token").fill(service.token)
+        begun = time.monotonic()
+        await page.get_by_role("button", name="Show runners").click()
+        await page.wait_for_function(f"document.title.startsWith('{runners} live')")
+        await busy(page, f"{runners} live runners read", begun)
+        begun = time.monotonic()
+        for runner in ids[:burst]:
+            service.world(runner).finish(runner)
+        await page.wait_for_function(f"document.title.startsWith('{runners - burst} live')")
+        await busy(page, f"{burst} of them ended at once", begun)
+        begun = time.monotonic()
+        await page.get_by_label("Filter by text").press_sequentially(f"task-{runners - 1}")
+        await page.wait_for_function("document.querySelectorAll('#rows li').length === 1")
+        await busy(page, "one found by typing its task", begun)
+        await page.get_by_label("Filter by text").fill("")
+        await page.wait_for_function("document.querySelectorAll('#rows li').length === 100")
+        begun = time.monotonic()
+        for _ in range(5):
+            await page.get_by_role("button", name="Next").click()
+        await page.wait_for_function("document.getElementById('range').textContent.startsWith('501')")
+        await busy(page, "five pages turned", begun)
+        await browser.close()
+
+
+async def main() -> None:
+    """Read the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runners", type=int, default=5000)
+    parser.add_argument("--burst", type=int, default=2000)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as home:
+        async with fake_service(Path(home), {"local": POOL}) as service:
+            await measure(service, options.runners, options.burst)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
