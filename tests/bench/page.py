@@ -16,8 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fake_service import FakeService, fake_service
-from playwright.async_api import Page, async_playwright
+from playwright.async_api import Page, async_playwright, expect
 
+expect.set_options(timeout=120_000)
 AT_ONCE = 32
 CHROMIUM = "/usr/bin/chromium"
 POOL = {"type": "local-process", "max_concurrency": 100_000, "config": {"command": ["fake"]}}
@@ -58,23 +59,23 @@ async def measure(service: FakeService, runners: int, burst: int) -> None:
         await page.get_by_label("Token").fill(service.token)
         begun = time.monotonic()
         await page.get_by_role("button", name="Show runners").click()
-        await page.wait_for_function(f"document.title.startsWith('{runners} live')")
+        await expect(page).to_have_title(f"{runners} live · Runner Launcher")
         await busy(page, f"{runners} live runners read", begun)
         begun = time.monotonic()
         for runner in ids[:burst]:
             service.world(runner).finish(runner)
-        await page.wait_for_function(f"document.title.startsWith('{runners - burst} live')")
+        await expect(page).to_have_title(f"{runners - burst} live · Runner Launcher")
         await busy(page, f"{burst} of them ended at once", begun)
         begun = time.monotonic()
         await page.get_by_label("Filter by text").press_sequentially(f"task-{runners - 1}")
-        await page.wait_for_function("document.querySelectorAll('#rows li').length === 1")
+        await expect(page.locator("#rows li")).to_have_count(1)
         await busy(page, "one found by typing its task", begun)
         await page.get_by_label("Filter by text").fill("")
-        await page.wait_for_function("document.querySelectorAll('#rows li').length === 100")
+        await expect(page.locator("#rows li")).to_have_count(100)
         begun = time.monotonic()
         for _ in range(5):
             await page.get_by_role("button", name="Next").click()
-        await page.wait_for_function("document.getElementById('range').textContent.startsWith('501')")
+        await expect(page.locator("#range")).to_contain_text("501–600")
         await busy(page, "five pages turned", begun)
         await browser.close()
 
