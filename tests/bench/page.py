@@ -75,7 +75,7 @@ async def measure(service: FakeService, runners: int, burst: int) -> None:
         begun = time.monotonic()
         for _ in range(5):
             await page.get_by_role("button", name="Next").click()
-        await expect(page.locator("#range")).to_contain_text("501–600")
+        await expect(page.locator("#range")).to_contain_text("501")
         await busy(page, "five pages turned", begun)
         await browser.close()
 
