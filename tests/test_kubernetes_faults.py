@@ -486,6 +486,22 @@ async def test_an_api_that_is_busy_is_left_alone_for_as_long_as_it_wants(house: 
         assert (await house.end(handle)).code == 0
 
 
+async def test_a_launch_that_is_refused_finds_what_an_earlier_one_made(house: House) -> None:
+    async with Gate(house.world) as gate, aclosing(_through(gate, house)) as launcher:
+        handle = await launcher.launch(new_id(), house.spec("exit 0"))
+        for status in (403, 422):
+            gate.answer("POST /apis/batch", status)
+            assert await launcher.launch(handle.runner_id, house.spec("exit 0")) == handle
+        gate.answer("POST /apis/batch", 403)
+        with pytest.raises(LaunchRejected, match="injected 403"):
+            await launcher.launch(new_id(), house.spec("exit 0"))
+        gate.answer("POST /apis/batch", 403)
+        gate.answer("GET /apis/batch/v1/namespaces/" + house.world.namespace + "/jobs/", 403)
+        with pytest.raises(LauncherUnavailable, match="cannot be read") as unknown:
+            await launcher.launch(handle.runner_id, house.spec("exit 0"))
+        assert unknown.value.acted
+
+
 async def test_looking_at_runners_asks_the_api_nothing(house: House) -> None:
     async with Gate(house.world) as gate, aclosing(_through(gate, house)) as launcher:
         handles = [await launcher.launch(new_id(), house.spec(f"exit {number}")) for number in range(4)]

@@ -142,9 +142,9 @@ class KubernetesLauncher:
         while not self._closed:
             try:
                 pod, ended = await self._log_source(handle.runner_id)
-                if kept := self._kept.get(handle.runner_id):
-                    if ended:
-                        await _briefly(kept.whole)
+                kept = self._kept.get(handle.runner_id)
+                if ended and kept:
+                    await _briefly(kept.whole)
                     for line in kept.after(after):
                         yield line
                         after = line.cursor
@@ -246,9 +246,7 @@ class KubernetesLauncher:
             job = await self._cluster.call("POST", self._cluster.path("jobs"), made.job)
             fresh = True
         except Refused as refused:
-            if (refused.status, refused.reason) != (_CONFLICT, "AlreadyExists"):
-                raise self._no(refused) from refused
-            job, fresh = await self._existing(runner_id, made.job), False
+            job, fresh = await self._existing(runner_id, made.job, refused), False
         self._jobs.put(job)
         try:
             await self._cluster.call("POST", self._cluster.path("secrets"), jobs.owned(made.secret, job))
@@ -261,13 +259,18 @@ class KubernetesLauncher:
             await self._check_secret(job)
         return self._handle(job)
 
-    async def _existing(self, runner_id: str, wanted: Json) -> Json:
-        """Read the Job that has our name: it is ours, or the launch is impossible."""
+    async def _existing(self, runner_id: str, wanted: Json, refused: Refused) -> Json:
+        """Read the Job that has our name: it is ours, or the launch is impossible.
+
+        Whatever the API refuses a Job for, a launch before may have made it; the room in a quota may be what it takes.
+        """
         name = wanted["metadata"]["name"]
         try:
             job = await self._cluster.call("GET", self._cluster.path("jobs", name))
-        except Refused as refused:
-            if refused.status == _NOT_FOUND:
+        except Refused as unread:
+            if unread.status != _NOT_FOUND:
+                raise LauncherUnavailable(f"{refused}; whether it is there cannot be read: {unread}") from unread
+            if (refused.status, refused.reason) == (_CONFLICT, "AlreadyExists"):
                 raise LauncherUnavailable(f"Job {name} was there, and is not", acted=False) from refused
             raise self._no(refused) from refused
         labels = job["metadata"].get("labels", {})
