@@ -69,13 +69,16 @@ def serve() -> None:
     import logging
 
     from app.errors import ConfigurationError
+    from app.log_lines import write_log
     from app.server import serve_until_told
     from app.settings import load_settings
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    write_log("text")  # until the settings say otherwise
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
-        asyncio.run(serve_until_told(load_settings()))
+        settings = load_settings()
+        write_log(settings.log_format)
+        asyncio.run(serve_until_told(settings))
     except ConfigurationError as error:
         sys.exit(f"runner-launcher: {error}")
 

@@ -8,6 +8,10 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from typing_extensions import override
 
 from app.errors import ContextTooLarge, Fault
 from app.launcher import LaunchSpec
@@ -56,6 +60,32 @@ def traceparent(header: str | None) -> str:
     if header and _TRACEPARENT.fullmatch(header):
         return header
     return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place in a trace, as W3C's traceparent writes it."""
+
+    trace_id: str
+    span_id: str
+    sampled: bool
+
+    @classmethod
+    def read(cls, traceparent: str) -> Self | None:
+        """Read a well-formed header; None for an empty one."""
+        if not traceparent:
+            return None
+        _, trace_id, span_id, flags = traceparent.split("-")[:4]
+        return cls(trace_id, span_id, bool(int(flags, 16) & 1))
+
+    @override
+    def __str__(self) -> str:
+        """Write it."""
+        return f"00-{self.trace_id}-{self.span_id}-{int(self.sampled):02x}"
+
+    def below(self) -> "Place":
+        """Make a place for a span below this one."""
+        return Place(self.trace_id, secrets.token_hex(8), self.sampled)
 
 
 def environment(

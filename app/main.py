@@ -27,6 +27,7 @@ from app.settings import Settings, installation
 from app.store import Store
 from app.targets import load_targets
 from app.telemetry import Telemetry
+from app.tracing import open_tracing
 from app.webhooks import Webhooks
 
 
@@ -47,7 +48,11 @@ def create_app(
         async with AsyncExitStack() as stack:
             _take_state_dir(settings, stack)
             ours = functools.partial(open_launcher, state_dir=settings.state_dir, installation=installation(settings))
+            app.state.tracing = tracing = open_tracing(os.environ, now)
             feed = Feed()
+            if tracing:
+                stack.push_async_callback(tracing.aclose)
+                feed.listen(tracing.changed)
             spool = Spool(settings.state_dir / "logs")
             configured = load_pools(settings.pools_file)
             targets = load_targets(settings.webhooks_file)
@@ -59,7 +64,9 @@ def create_app(
             reconciler = Reconciler(
                 store, feed, spool, open_launcher=launchers or ours, pools=lambda: service.pools.by_name, now=now
             )
-            service = RunnerService(settings, store, feed, spool, reconciler, journal=journal, pools=configured, now=now)
+            service = RunnerService(
+                settings, store, feed, spool, reconciler, journal=journal, pools=configured, tracing=tracing, now=now
+            )
             await journal.open(service.draining)
             stack.push_async_callback(journal.aclose)
             service.url = settings.public_url or url or f"http://{settings.listen}"
@@ -95,6 +102,7 @@ def create_app(
         generate_unique_id_function=lambda route: f"{route.tags[0]}_{route.name}" if route.tags else route.name,
     )
     app.state.authenticator = Authenticator(now)
+    app.state.tracing = None
     app.add_middleware(gate.Gate, authenticator=app.state.authenticator, public_url=settings.public_url)
     problems.install(app)
     for module in (runners, events, pools, engines, webhooks, retention, health, page):

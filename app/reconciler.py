@@ -17,6 +17,7 @@ from typing import Literal, assert_never
 
 from pydantic import JsonValue
 
+from app import log_lines
 from app.errors import LauncherUnavailable, LaunchRejected, NotFound, SlotBusy
 from app.events import Change, Feed, Watch
 from app.launcher import Exited, Found, Gone, Handle, Launcher, LaunchSpec, Observation, Running, Starting
@@ -201,6 +202,7 @@ class Reconciler:
         task.add_done_callback(self._working.discard)
 
     async def _work(self, runner_id: str) -> None:
+        log_lines.runner_id.set(runner_id)
         try:
             pause = await self._reconcile(runner_id)
             self._failures.pop(runner_id, None)
@@ -326,6 +328,8 @@ class Reconciler:
             runner: Runner | None = await self._store.get(runner_id)
         except NotFound:
             return None
+        if runner and runner.traceparent:
+            log_lines.trace_id.set(runner.traceparent.split("-")[1])
         seen: Observation | None = None
         while runner:
             action = decide(runner, seen, self._now(), self._since)

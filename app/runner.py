@@ -97,6 +97,7 @@ class Runner:
 
     ``calls`` counts launch calls begun; it is written before each call, so a crash in the middle of one shows.
     ``slot_place`` is the slot's real path on its host, where the runner enters it. ``revision`` is that of the last event.
+    ``traceparent`` is its place in a trace as it was told; ``parent_span`` the span above, empty if it has none of its own.
     ``cleaned``: the engine holds nothing of it any more and its secrets are wiped.
     """
 
@@ -114,6 +115,8 @@ class Runner:
     cpu: float | None = None
     memory_mib: int | None = None
     token_sha256: str = ""
+    traceparent: str = ""
+    parent_span: str = ""
     revision: int = 0
     calls: int = 0
     attempts: tuple[Attempt, ...] = ()

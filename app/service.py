@@ -14,12 +14,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
 from app.caller import Caller, Scope
-from app.context import inherited, launch_spec
+from app.context import Place, inherited, launch_spec
 from app.diagnosis import Diagnosis, diagnose
 from app.engines import Engines, EngineState
 from app.errors import (
@@ -48,6 +48,9 @@ from app.runner import Phase, Runner, finished, identity, stop_asked
 from app.settings import Settings
 from app.slots import named_place, real_place
 from app.store import Filter, Intent, Store
+
+if TYPE_CHECKING:
+    from app.spans import Tracing
 
 NO_RUNNER = "runner-000000000000"
 """The id of a runner that is only thought of."""
@@ -99,8 +102,10 @@ class RunnerService:
         *,
         journal: Journal,
         pools: Pools,
+        tracing: "Tracing | None" = None,
         now: Callable[[], float] = time.time,
     ) -> None:
+        self._tracing = tracing
         self._settings = settings
         self._store = store
         self._feed = feed
@@ -129,7 +134,10 @@ class RunnerService:
             raise Unavailable("the service is going down and takes no more launches", code="draining")
         pool = await self._pool_of(request, caller)
         place = await self._place(request.slot, pool)
-        runner, spec = self._prepare(request, pool, place, traceparent)
+        above = Place.read(traceparent) if self._tracing else None
+        runner, spec = self._prepare(request, pool, place, str(above.below()) if above else traceparent)
+        runner = replace(runner, traceparent=spec.environment["TRACEPARENT"], parent_span=above.span_id if above else "")
+        begun = self._now()
         intent = Intent(
             runner=runner,
             spec=spec,
@@ -140,6 +148,8 @@ class RunnerService:
             request_sha256=digest,
         )
         runner, replayed = await self._store.intend(intent)
+        if self._tracing and not replayed:
+            self._tracing.intent(runner, begun)
         return Launched(await self._launched(runner, wait), replayed)
 
     async def preview(self, request: LaunchRequest, caller: Caller, traceparent: str) -> Preview:

@@ -89,6 +89,7 @@ class Settings(BaseSettings):
     auth: Literal["on", "off"] = "on"
     tokens_file: Path | None = None
     webhooks_file: Path | None = None
+    log_format: Literal["text", "json"] = "text"
     max_connections: Annotated[int, Field(ge=1)] = 8192
     public_url: WebAddress | None = None
     node: str = Field(default_factory=socket.gethostname)

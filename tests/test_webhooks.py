@@ -2,11 +2,13 @@
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import hmac
 import json
 import os
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -219,6 +221,22 @@ async def test_what_happened_before_a_target_was_named_is_not_told(
         await finished(client, after)
         await until(lambda: receiver.types(after))
         assert not receiver.types(before)
+
+
+async def test_what_is_owed_of_a_runner_that_was_forgotten_is_owed_no_more(
+    service: Service, slot: Path, receiver: Receiver, tmp_path: Path, state_dir: Path
+) -> None:
+    path = targets(tmp_path, receiver)
+    receiver.kill()
+    async with service(webhooks_file=path) as client:
+        await finished(client, await launched(client, launch_body(slot)))
+        await until(lambda: _failing(client))
+    with contextlib.closing(sqlite3.connect(state_dir / "runners.db")) as connection:
+        for table in ("runners", "events"):  # as it happens once the file names other targets
+            connection.execute(f"DELETE FROM {table}")  # noqa: S608 - one of these
+        connection.commit()
+    async with service(webhooks_file=path) as client:
+        await until(lambda: _settled(client))
 
 
 # Targets that misbehave.

@@ -11,6 +11,9 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from fastapi import Request
@@ -18,16 +21,22 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app import log_lines
 from app.api import page, plain
 from app.api.auth import NOBODY, Authenticator, needed
 from app.api.problems import answer
 from app.caller import Caller
+from app.context import Place, traceparent
 from app.errors import ContextTooLarge, InvalidRequest, NotPermitted, RequestRefused, TooManyCalls
+
+if TYPE_CHECKING:
+    from app.spans import Tracing
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 """Room for the largest context, also when a client writes every character beyond ASCII as an escape."""
 
 OPEN = frozenset({"/livez", "/readyz", *page.FILES})
+UNTRACED = OPEN | {"/metrics"}
 HEARTBEAT = re.compile(r"/runners/[^/]+/heartbeat")
 """The one call that a runner makes, with a token of its own that the route checks."""
 
@@ -58,6 +67,8 @@ class Gate:
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         scope["request_id"] = request_id
+        log_lines.request_id.set(request_id)
+        span = self._span(scope, headers)
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -65,6 +76,8 @@ class Gate:
                 headers["X-Request-ID"] = request_id
                 if scope["method"] not in HARMLESS and not HEARTBEAT.fullmatch(scope["path"]):
                     _note(scope, message["status"], headers.get("location"))
+                if span:
+                    span.answered(scope, message["status"])
             await send(message)
 
         received = 0
@@ -83,6 +96,18 @@ class Gate:
             await answer(Request(scope), error)(scope, receive, send_named)
         else:
             await self._app(scope, receive_bounded, send_named)
+
+    def _span(self, scope: Scope, headers: Mapping[str, str]) -> "_Span | None":
+        """Begin to trace a request, if somebody wants that; those that only look whether we live are none."""
+        tracing: Tracing | None = scope["app"].state.tracing
+        if tracing is None or scope["path"] in UNTRACED or HEARTBEAT.fullmatch(scope["path"]):
+            return None
+        given = headers.get("traceparent")
+        caller = traceparent(given) if given and traceparent(given) == given else None
+        span = _Span(tracing, tracing.begin(scope["method"], caller), caller, time.time())
+        log_lines.trace_id.set(span.place.trace_id)
+        scope["traceparent"] = str(span.place)
+        return span
 
     def _admit(self, scope: Scope, headers: Mapping[str, str]) -> None:
         """Raise RequestRefused unless this may come in; notes who asks."""
@@ -118,6 +143,29 @@ class Gate:
         origin = headers.get("origin")
         if origin is not None and _host(origin) not in self._names and not _is_address(_host(origin)):
             raise NotPermitted(f"pages of {origin} may not call this service", code="foreign-origin")
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """A request under way in a trace; it ends when its answer begins, for some answers have no end."""
+
+    tracing: "Tracing"
+    place: Place
+    caller: str | None
+    begun: float
+
+    def answered(self, scope: Scope, status: int) -> None:
+        route = getattr(scope.get("route"), "path", None)
+        told = {
+            "http.request.method": scope["method"],
+            "http.route": route,
+            "url.path": scope["path"],
+            "http.response.status_code": status,
+            "request.id": scope["request_id"],
+        }
+        name = f"{scope['method']} {route}" if route else scope["method"]
+        failed = status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        self.tracing.request(self.place, name, self.caller, self.begun, told, failed=failed)
 
 
 def _note(scope: Scope, status: int, location: str | None) -> None:

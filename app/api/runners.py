@@ -87,7 +87,7 @@ async def launch(
     prefer: Prefer = None,
     idempotency_key: Key = None,
 ) -> RunnerRecord | Response:
-    trace = traceparent(request.headers.get("traceparent"))
+    trace = request.scope.get("traceparent") or traceparent(request.headers.get("traceparent"))
     if dry_run:
         preview = await _preview(service, body, who, trace)
         return plain.shown(request, response, preview) or JSONResponse(preview.model_dump(mode="json"))
