@@ -132,7 +132,7 @@ class Connection:
 
 
 async def rate(service: Service, seconds: float, path: str, expected: int, **headers: str) -> tuple[float, float]:
-    """Ask from several connections for a while; gives requests a second, and milliseconds of the service's processor each."""
+    """Ask from several connections for a while; gives requests a second, and the service's milliseconds of CPU for each."""
     connections = [await Connection(service).open() for _ in range(AT_ONCE)]
     began, spent, count = time.perf_counter(), service.processor_seconds(), 0
 
