@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo serve check test crash faults openapi lint screenshots lock clean
+.PHONY: help demo serve check test crash faults bench openapi lint screenshots lock clean
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
@@ -39,6 +39,9 @@ crash: .venv/ready ## kill the service ROUNDS times with launches in flight, and
 
 faults: .venv/ready ## the faults of engines that take minutes to show, on real engines
 	$(BIN)/python -m pytest -m slow --timeout 900 $(PYTEST_ARGS)
+
+bench: .venv/ready ## figures beside bare engines, of all that this machine has; BENCH_ARGS=--short for a first look
+	$(BIN)/python tests/bench/bench.py $(BENCH_ARGS)
 
 openapi: .venv/ready ## write openapi/ anew from the app
 	$(BIN)/runner-launcher openapi > openapi/runner-launcher.yaml

@@ -386,7 +386,8 @@ class RunnerService:
             begun = follow
             try:
                 launcher = await self._reconciler.launcher(runner.engine)
-                async for data in self._spool.output(launcher, handle, tail=tail, follow=more if live else None):
+                output = self._spool.output(launcher, handle, tail=tail, follow=more if live else None)
+                async for data in _until(self.draining, output) if live else output:
                     begun = True
                     yield data
             except (LauncherUnavailable, LaunchRejected) as error:
@@ -473,6 +474,25 @@ class RunnerService:
         except Unavailable:
             return False
         return True
+
+
+async def _until(down: asyncio.Event, output: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Give what comes until the service goes down: a quiet engine would keep a reader, and the shutdown, waiting."""
+    going = asyncio.create_task(down.wait())
+    try:
+        while not down.is_set():
+            piece = asyncio.ensure_future(anext(output, None))
+            try:
+                await asyncio.wait({piece, going}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                if not piece.done():
+                    piece.cancel()
+                    await asyncio.wait({piece})
+            if piece.cancelled() or (data := piece.result()) is None:
+                return
+            yield data
+    finally:
+        going.cancel()
 
 
 async def _behind(first: bytes | None, rest: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:

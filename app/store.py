@@ -702,7 +702,7 @@ def _replayed(connection: Connection, caller: str, key: str, request_sha256: str
 
 
 def _get(connection: Connection, runner_id: str) -> Runner:
-    row = connection.execute(_whole().where(runners.c.runner_id == runner_id)).first()
+    row = connection.execute(_BY_ID, {"id": runner_id}).first()
     if row is None:
         raise NotFound(f"no runner {runner_id}")
     return _load(row)
@@ -781,6 +781,9 @@ def _count(connection: Connection, pool_name: str, phase: Phase) -> int:
 
 def _whole() -> sa.Select[Any]:
     return sa.select(runners.c.body, runners.c.revision, runners.c.last_heartbeat, runners.c.cleaned)
+
+
+_BY_ID = _whole().where(runners.c.runner_id == sa.bindparam("id"))  # built once: building it takes longer than asking
 
 
 def _load(row: Row[Any]) -> Runner:

@@ -632,6 +632,24 @@ async def test_a_runner_that_prints_200_mb_costs_the_service_no_memory(serve: Se
         assert grown < 32 * 1024, grown
 
 
+async def test_a_follower_of_a_quiet_container_is_let_go_when_the_service_goes_down(
+    serve: Serve, docker: Docker, slot: Path
+) -> None:
+    pools = docker.pools()
+    async with serve(pools, leave_runners=True, INSTALLATION=docker.installation) as running, running.client() as client:
+        runner = await launched(client, launch_body(slot, "echo ready\n" + UNTIL_TOLD, pool="docker"))
+        async with client.stream("GET", runner["links"]["logs"], params={"follow": "true"}) as answer:
+            lines = answer.aiter_lines()
+            assert await anext(lines) == "ready"
+            async with asyncio.timeout(8):  # less than the server's own patience with connections
+                ended = asyncio.create_task(running.end(signal.SIGTERM))
+                assert [line async for line in lines] == ["[the service is going down; ask again to follow on]"]
+                assert await ended == 0
+    (slot / "go").touch()
+    async with serve(pools, INSTALLATION=docker.installation) as running, running.client() as client:
+        assert (await finished(client, runner, SECONDS))["state"] == "completed"
+
+
 def peak_of(service: Served) -> int:
     """Tell the most memory that a service ever had, in KiB."""
     status = Path(f"/proc/{service.process.pid}/status").read_text()

@@ -30,8 +30,16 @@ def caller_of(request: Request) -> Caller:
     return cast("Caller", request.scope["caller"])
 
 
-Service = Annotated[RunnerService, Depends(service_of)]
-Who = Annotated[Caller, Depends(caller_of)]
+async def _service(request: Request) -> RunnerService:  # what FastAPI calls without a wait is to be async: else by a thread
+    return service_of(request)
+
+
+async def _caller(request: Request) -> Caller:
+    return caller_of(request)
+
+
+Service = Annotated[RunnerService, Depends(_service)]
+Who = Annotated[Caller, Depends(_caller)]
 
 
 def record(request: Request, runner: Runner) -> RunnerRecord:
