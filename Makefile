@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo serve check test crash faults openapi lint screenshots lock clean
+.PHONY: help demo serve check test crash faults openapi image lint screenshots lock clean
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
@@ -48,6 +48,11 @@ lint: ## lint openapi/ by Redocly's rules; needs Node and the network
 
 screenshots: .venv/ready ## take the pictures of the status page in docs/screenshots anew, with a Chromium that is there
 	$(BIN)/python tests/screenshots.py docs/screenshots
+
+image: ## build the service's image as runner-launcher:local; BASE_IMAGE names another base, BUILD_ARGS is for docker build
+	docker build $(BUILD_ARGS) --build-arg BASE_IMAGE=$(or $(BASE_IMAGE),python:3.11-slim-bookworm) \
+	  --build-arg VERSION=$$(sed -n 's/__version__ = "\(.*\)"/\1/p' app/__init__.py) \
+	  --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) --target runtime --tag runner-launcher:local .
 
 lock: .venv/ready ## pin every dependency again, with hashes
 	$(BIN)/python -m pip install --quiet uv
