@@ -42,9 +42,7 @@ def image(docker_engine: Api) -> str:
 
 
 @contextlib.asynccontextmanager
-async def in_a_container(
-    image: str, pools: Path, slots: Path, *options: str
-) -> AsyncIterator[tuple[httpx.AsyncClient, str]]:
+async def contained(image: str, pools: Path, slots: Path, *options: str) -> AsyncIterator[tuple[httpx.AsyncClient, str]]:
     """Run the image with as little as it needs; gives somebody who may do everything, and the container's name."""
     name = f"runner-launcher-test-{secrets.token_hex(4)}"
     docker(
