@@ -14,6 +14,10 @@ help: ## what there is
 	  -e client -e .
 	@touch $@
 
+.venv/shipping: .venv/ready requirements-shipping.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-shipping.txt
+	@touch $@
+
 demo: .venv/ready ## launch the example agent on a git slot, over HTTP, and watch it to its end
 	$(BIN)/python examples/demo.py
 
@@ -60,6 +64,9 @@ lock: .venv/ready ## pin every dependency again, with hashes
 	  --no-emit-package runner-launcher-client --all-extras pyproject.toml -o requirements.txt --upgrade
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header \
 	  --no-emit-package runner-launcher-client --all-extras --group dev pyproject.toml -c requirements.txt -o requirements-dev.txt --upgrade
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header \
+	  --no-emit-package runner-launcher-client --all-extras --group dev --group shipping pyproject.toml \
+	  -c requirements-dev.txt -o requirements-shipping.txt --upgrade
 
 clean: ## remove what make made
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
