@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo serve check test crash faults openapi image lint screenshots lock clean
+.PHONY: help demo serve check test crash faults openapi reference docs image lint screenshots lock clean
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
@@ -52,6 +52,12 @@ lint: ## lint openapi/ by Redocly's rules; needs Node and the network
 
 screenshots: .venv/ready ## take the pictures of the status page in docs/screenshots anew, with a Chromium that is there
 	$(BIN)/python tests/screenshots.py docs/screenshots
+
+reference: .venv/ready ## write docs/pools.md anew from the models of pools
+	$(BIN)/python docs/pool_reference.py
+
+docs: .venv/shipping ## the documents as pages, in site/; a link that leads nowhere is a failure
+	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet --strict
 
 image: ## build the service's image as runner-launcher:local; BASE_IMAGE names another base, BUILD_ARGS is for docker build
 	docker build $(BUILD_ARGS) --build-arg BASE_IMAGE=$(or $(BASE_IMAGE),python:3.11-slim-bookworm) \
