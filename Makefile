@@ -57,7 +57,7 @@ reference: .venv/ready ## write docs/pools.md anew from the models of pools
 	$(BIN)/python docs/pool_reference.py
 
 docs: .venv/shipping ## the documents as pages, in site/; a link that leads nowhere is a failure
-	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 image: ## build the service's image as runner-launcher:local; BASE_IMAGE names another base, BUILD_ARGS is for docker build
 	docker build $(BUILD_ARGS) --build-arg BASE_IMAGE=$(or $(BASE_IMAGE),python:3.11-slim-bookworm) \

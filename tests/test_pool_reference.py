@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from app import pools
 
@@ -26,7 +27,7 @@ def test_the_reference_is_what_the_models_say(written: str) -> None:
 
 
 def test_every_key_is_in_it_and_described(written: str) -> None:
-    models = [
+    models: list[type[BaseModel]] = [
         pools.Pool,
         pools.LocalProcessConfig,
         pools.DockerConfig,
