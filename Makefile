@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo serve check test crash faults openapi reference docs image lint screenshots lock clean
+.PHONY: help demo serve check test crash faults openapi hooks audit dist reference docs image lint screenshots lock clean
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
@@ -52,6 +52,22 @@ lint: ## lint openapi/ by Redocly's rules; needs Node and the network
 
 screenshots: .venv/ready ## take the pictures of the status page in docs/screenshots anew, with a Chromium that is there
 	$(BIN)/python tests/screenshots.py docs/screenshots
+
+hooks: .venv/shipping ## have git run check before a commit, and audit before a push
+	$(BIN)/pre-commit install --hook-type pre-commit --hook-type pre-push
+
+audit: .venv/shipping ## known flaws in what we depend on, unsafe code, secrets that were left in files
+	$(BIN)/pip-audit --disable-pip --require-hashes --requirement requirements.txt $(PIP_AUDIT_ARGS)
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive app client/runner_launcher_client examples
+	git ls-files -z ':!tests/golden' ':!requirements*.txt' | xargs -0 $(BIN)/detect-secrets-hook \
+	  --disable-plugin KeywordDetector --exclude-lines '@[a-z.]*example\.'
+
+dist: .venv/shipping ## what a release has: both distributions, the chart, and the list of their parts (SBOM)
+	rm -rf dist
+	$(BIN)/python -m hatchling build --directory dist
+	cd client && ../$(BIN)/python -m hatchling build --directory ../dist
+	$(BIN)/python -c 'import helm_python; helm_python.package("deploy/helm/runner-launcher", destination="dist")'
+	$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file dist/sbom.cdx.json requirements.txt
 
 reference: .venv/ready ## write docs/pools.md anew from the models of pools
 	$(BIN)/python docs/pool_reference.py
