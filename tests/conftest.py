@@ -49,7 +49,7 @@ TELL = "cat /proc/$$/environ >environ.new && mv environ.new environ\n"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where there are several processes, keep a file in one, and all that share a cluster too: some tests stop its parts."""
     for item in items:
-        group = "kubernetes" if "kubernetes" in item.path.stem else item.path.stem
+        group = "kubernetes" if "kubernetes" in f"{item.path.stem} {item.name}" else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
 
 

@@ -36,6 +36,14 @@ def test_what_is_run_is_yaml(name: str) -> None:
     assert isinstance(yaml.safe_load((PROJECT / name).read_text()), dict)
 
 
+@pytest.mark.parametrize("name", READ)
+def test_every_test_that_is_named_is_there(name: str) -> None:
+    text = (PROJECT / name).read_text()
+    assert [path for path in re.findall(r"`(tests/[^`*]*)`", text) if not (PROJECT / path).exists()] == []
+    code = "".join(file.read_text() for file in (PROJECT / "tests").glob("**/*.py"))
+    assert [test for test in re.findall(r"`(test_[a-z_]+)`", text) if f"def {test}(" not in code] == []
+
+
 def test_every_setting_is_described_to_operators() -> None:
     described = re.findall(r"^\| `([A-Z_]+)` \|", (PROJECT / "docs" / "operations.md").read_text(), re.MULTILINE)
     assert sorted(described) == sorted(name.upper() for name in Settings.model_fields)
