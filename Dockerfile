@@ -1,16 +1,11 @@
-# Stages: `build` installs what is locked, `test` adds what tests need, `runtime`, the last, is what is shipped. Without BuildKit all
-# of them are built in their order, so what changes most often comes last in each.
+# Stages: `build` installs what is locked, `runtime` is what is shipped, `test` has what tests need. Without BuildKit all stages up
+# to the wanted one are built in their order, so what changes most often comes last in each.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS build
 RUN python -m venv --without-pip /venv
 COPY requirements.txt .
 RUN pip --python /venv/bin/python install --no-cache-dir --disable-pip-version-check --only-binary :all: --require-hashes -r requirements.txt
-
-FROM build AS test
-COPY requirements-dev.txt .
-RUN pip --python /venv/bin/python install --no-cache-dir --disable-pip-version-check --require-hashes -r requirements-dev.txt
-ENV PATH=/venv/bin:$PATH PYTHONPATH=/copy/project:/copy/project/client
 
 FROM ${BASE_IMAGE} AS runtime
 # tini reaps what runners leave behind, and passes signals on.
@@ -47,3 +42,10 @@ LABEL org.opencontainers.image.title="Runner Launcher" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
+
+FROM build AS test
+COPY requirements-dev.txt .
+RUN pip --python /venv/bin/python install --no-cache-dir --disable-pip-version-check --require-hashes -r requirements-dev.txt
+ENV PATH=/venv/bin:$PATH PYTHONPATH=/copy/project:/copy/project/client
+
+FROM runtime

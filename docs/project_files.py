@@ -10,19 +10,25 @@ LINK = re.compile(r"(?<=\]\()(?:\.\./)+[^)#\s]+")
 
 
 def on_files(files: Any, config: Any) -> Any:  # noqa: ANN401 - mkdocs' own
-    """Add each file that a page links to and that lies outside docs/."""
+    """Add each file that a page links to and that lies outside docs/; a directory as the list of its files."""
     from mkdocs.structure.files import File  # noqa: PLC0415 - only there when pages are built
 
     for page in list(files.documentation_pages()):
         for link in LINK.findall(page.content_string):
             place = _outside(page.src_uri, link)
-            if place and (PROJECT / place).is_file() and not files.get_file_from_path(f"project/{place}.txt"):
-                files.append(File.generated(config, f"project/{place}.txt", abs_src_path=str(PROJECT / place)))
+            if not place or files.get_file_from_path(f"project/{place}.txt"):
+                continue
+            path = PROJECT / place
+            if path.is_dir():
+                names = "".join(f"{place}/{each.name}\n" for each in sorted(path.iterdir()))
+                files.append(File.generated(config, f"project/{place}.txt", content=names))
+            elif path.is_file():
+                files.append(File.generated(config, f"project/{place}.txt", abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:  # noqa: ANN401 - mkdocs' own
-    """Lead those links to the files that were added; to a directory, to its name."""
+    """Lead those links to the files that were added."""
     uri = page.file.src_uri
 
     def lead(match: re.Match[str]) -> str:

@@ -38,7 +38,16 @@ def image(docker_engine: Api) -> str:
     if not docker_engine.has_image(BASE):
         missing(f"the Docker engine at {HOST} has no image {BASE}; BASE_IMAGE names another with Python 3.11 or later")
     build = ("build", "--quiet", "--network", "host", "--build-arg", f"BASE_IMAGE={BASE}")
-    return docker(*build, "--build-arg", "VERSION=0.0.0-test", "--tag", "runner-launcher:under-test", str(PROJECT))
+    return docker(
+        *build,
+        "--build-arg",
+        "VERSION=0.0.0-test",
+        "--target",
+        "runtime",
+        "--tag",
+        "runner-launcher:under-test",
+        str(PROJECT),
+    )
 
 
 @contextlib.asynccontextmanager

@@ -23,6 +23,8 @@ from kubernetes_asyncio.stream import WsApiClient
 from kubernetes_world import IMAGE, World, cluster_session
 from service_image import docker
 
+pytestmark = pytest.mark.timeout(400)  # the first to need it builds the image
+
 RELEASE = "runner-launcher"
 SELECTOR = f"app.kubernetes.io/instance={RELEASE}"
 LAUNCH = ("launch", "--task-id", "7", "--title", "Add a greeting", "--slot-path", "/slots/1", "--pool", "agents")
@@ -150,7 +152,6 @@ async def installed(owner: World, repository: str, port: int, script: str) -> As
             await asyncio.to_thread(releases.uninstall, RELEASE)
 
 
-@pytest.mark.timeout(300)
 async def test_the_service_does_its_job_in_a_cluster_with_the_minimal_role(owner: World, repository: str, port: int) -> None:
     async with installed(owner, repository, port, "cat $TASK_CONTEXT_FILE") as here:
         ended = await asked(here.launchers, *LAUNCH, "--wait")

@@ -15,6 +15,8 @@ from conftest import finished, launch_body, launched, until
 from docker_engine import HOST, IMAGE, Api, missing
 from service_image import PROJECT, USER, docker
 
+pytestmark = pytest.mark.timeout(400)  # the first to need it builds the image
+
 COMPOSE = PROJECT / "deploy" / "compose.yaml"
 PROXY = "haproxy:lts-alpine"
 LOCAL_PROXY = "FROM debian:bookworm-slim\nRUN apt-get update -qq && apt-get install -y -qq --no-install-recommends haproxy\n"

@@ -10,6 +10,8 @@ from conftest import Json, finished, launch_body, launched, local_pool, until, w
 from docker_engine import HOST, IMAGE
 from service_image import USER, contained, docker
 
+pytestmark = pytest.mark.timeout(400)  # the first to need it builds the image
+
 SCRIPT = """
 echo "$RUNNER_ID was here, as $(id -u)" >said
 cat "$TASK_CONTEXT_FILE" >context

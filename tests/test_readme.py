@@ -24,6 +24,8 @@ from docker_engine import HOST, IMAGE, Api, missing
 from kubernetes_world import cluster_session
 from service_image import BASE, PROJECT, docker
 
+pytestmark = pytest.mark.timeout(400)  # the first to need it builds the image
+
 SERVE = "make serve"
 ENDLESS = re.compile(r'^(curl .*/events\?follow=true".*)$', re.MULTILINE)
 
