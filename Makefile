@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo serve check test crash faults bench openapi lint screenshots lock clean
+.PHONY: help demo serve check test crash faults bench openapi hooks audit dist reference docs image lint screenshots lock clean
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
@@ -12,6 +12,10 @@ help: ## what there is
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 	  -e client -e .
+	@touch $@
+
+.venv/shipping: .venv/ready requirements-shipping.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-shipping.txt
 	@touch $@
 
 demo: .venv/ready ## launch the example agent on a git slot, over HTTP, and watch it to its end
@@ -52,12 +56,42 @@ lint: ## lint openapi/ by Redocly's rules; needs Node and the network
 screenshots: .venv/ready ## take the pictures of the status page in docs/screenshots anew, with a Chromium that is there
 	$(BIN)/python tests/screenshots.py docs/screenshots
 
+hooks: .venv/shipping ## have git run check before a commit, and audit before a push
+	$(BIN)/pre-commit install --hook-type pre-commit --hook-type pre-push
+
+audit: .venv/shipping ## known flaws in what we depend on, unsafe code, secrets that were left in files
+	$(BIN)/pip-audit --disable-pip --require-hashes --requirement requirements.txt $(PIP_AUDIT_ARGS)
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive app client/runner_launcher_client examples
+	git ls-files -z ':!tests/golden' ':!requirements*.txt' | xargs -0 $(BIN)/detect-secrets-hook \
+	  --disable-plugin KeywordDetector --exclude-lines '@[a-z.]*example\.'
+
+dist: .venv/shipping ## what a release has: both distributions, the chart, and the list of their parts (SBOM)
+	rm -rf dist
+	$(BIN)/python -m hatchling build --directory dist
+	cd client && ../$(BIN)/python -m hatchling build --directory ../dist
+	$(BIN)/python -c 'import helm_python; helm_python.package("deploy/helm/runner-launcher", destination="dist")'
+	$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file dist/sbom.cdx.json requirements.txt
+
+reference: .venv/ready ## write docs/pools.md anew from the models of pools
+	$(BIN)/python docs/pool_reference.py
+
+docs: .venv/shipping ## the documents as pages, in site/; a link that leads nowhere is a failure
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+image: ## build the service's image as runner-launcher:local; BASE_IMAGE names another base, BUILD_ARGS is for docker build
+	docker build $(BUILD_ARGS) --build-arg BASE_IMAGE=$(or $(BASE_IMAGE),python:3.11-slim-bookworm) \
+	  --build-arg VERSION=$$(sed -n 's/__version__ = "\(.*\)"/\1/p' app/__init__.py) \
+	  --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) --target runtime --tag runner-launcher:local .
+
 lock: .venv/ready ## pin every dependency again, with hashes
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header \
 	  --no-emit-package runner-launcher-client --all-extras pyproject.toml -o requirements.txt --upgrade
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header \
 	  --no-emit-package runner-launcher-client --all-extras --group dev pyproject.toml -c requirements.txt -o requirements-dev.txt --upgrade
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header \
+	  --no-emit-package runner-launcher-client --all-extras --group dev --group shipping pyproject.toml \
+	  -c requirements-dev.txt -o requirements-shipping.txt --upgrade
 
 clean: ## remove what make made
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,7 +1,7 @@
 """The command line: its verbs and their options. What a verb does is in ``server`` and ``terminal``.
 
 Both are imported by the verbs that need them: who starts the service needs no terminal, and who asks it needs no server.
-Exit codes are a contract with scripts; they are listed in the README.
+Exit codes are a contract with scripts; they are listed in docs/command-line.md.
 """
 
 import asyncio

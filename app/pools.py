@@ -174,6 +174,7 @@ Seconds = Annotated[float, Field(gt=0, le=_LONGEST)]
 SomeSeconds = Annotated[float, Field(ge=0, le=_LONGEST)]
 Count = Annotated[int, Field(ge=1, le=_MANY)]
 
+# What stands below a key describes it: `make reference` writes docs/pools.md of that.
 _CLOSED = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True)
 _OPEN = ConfigDict(strict=True, frozen=True, extra="allow", hide_input_in_errors=True)
 
@@ -184,7 +185,9 @@ class Resources(BaseModel):
     model_config = _CLOSED
 
     cpu_limit: AskedCores | None = None
+    """For each runner."""
     memory_limit: AskedMebibytes | None = None
+    """For each runner; of a container swap included."""
 
 
 class Amounts(BaseModel):
@@ -203,7 +206,9 @@ class PodResources(BaseModel):
     model_config = _CLOSED
 
     requests: Amounts = Amounts()
+    """Half of the limits, unless given."""
     limits: Amounts = Amounts()
+    """What the pod may use at most; other kinds (`nvidia.com/gpu`) pass as they are."""
 
 
 class NoWorkspace(BaseModel):
@@ -221,8 +226,11 @@ class ClaimWorkspace(BaseModel):
 
     kind: Literal["pvc"]
     claim: ObjectName
+    """The name of the volume claim."""
     root: AbsolutePath = "/"
+    """The path that the volume has where slots are named."""
     read_only: bool = False
+    """Whether the runner may not write there."""
 
 
 class HostWorkspace(BaseModel):
@@ -232,6 +240,7 @@ class HostWorkspace(BaseModel):
 
     kind: Literal["host_path"]
     read_only: bool = False
+    """Whether the runner may not write there."""
 
 
 class GitWorkspace(BaseModel):
@@ -241,8 +250,11 @@ class GitWorkspace(BaseModel):
 
     kind: Literal["git"]
     image: Word = "alpine/git:latest"
+    """Needs `git` and `sh`."""
     credentials: ObjectName | None = None
+    """A Secret with `username` and `password`, or `ssh-privatekey` and perhaps `known_hosts`."""
     depth: Count | None = None
+    """How much history is fetched; all of it where nothing is said."""
 
 
 class _AnyWorkspace(BaseModel):
@@ -277,46 +289,77 @@ class PoolConfig(BaseModel):
     model_config = _OPEN
 
     environment: Environment = Field(default_factory=dict, repr=False)
+    """Variables for the runner."""
     labels: dict[str, String] = Field(default_factory=dict)
+    """Labels of the record, and of the container or Job; ours cannot be replaced."""
     launch_timeout_seconds: Seconds = 300
+    """How long a launch may take until its runner runs."""
     run_timeout_seconds: Seconds | None = None
+    """How long a runner may run; it is then stopped, and told as `deadline_exceeded`."""
     heartbeat_timeout_seconds: Seconds | None = None
+    """How long a runner that has beaten once may be silent."""
     retry_attempts: Count = 3
+    """How often one launch is tried."""
     retry_base_seconds: SomeSeconds = 0.2
+    """The bound of the first wait between attempts; it doubles with each."""
     stop_grace_seconds: SomeSeconds = 10
+    """From TERM to KILL, where a stop does not say."""
     queue_limit: int = Field(default=0, ge=0, le=_MANY)
+    """How many launches may wait for a place in a full pool; beyond that 429."""
     log_max_mib: Count = 50
+    """MiB of its log that are kept, the newest."""
     public_url: WebAddress | None = None
+    """How a runner there reaches the service; `PUBLIC_URL`, or what `LISTEN` says, where it is not given."""
 
 
 class LocalProcessConfig(PoolConfig):
     """A process on this machine."""
 
     command: Command | None = None
+    """What runs; the service's `RUNNER_COMMAND` where it is not given."""
     python_path: Word | None = None
+    """Takes the place of a leading `python`."""
     working_dir: AbsolutePath | None = None
+    """Where it runs; in the slot where nothing is said."""
     user: User | None = None
+    """A name or `UID[:GID]` to run as; the service must be root."""
     resources: Resources | None = None
+    """What each runner gets; the pool's quotas then bound the sum."""
 
 
 class DockerConfig(PoolConfig):
     """A container on a Docker Engine."""
 
     image: Word = "necrocode/runner:latest"
+    """Without a tag or digest: `latest`."""
     command: Command | None = None
+    """Takes the place of the image's `CMD`, and is given to its `ENTRYPOINT` if it has one."""
     pull_policy: Literal["always", "if-not-present", "never"] = "if-not-present"
+    """`always` asks once per launch."""
     registry_auth: File | None = None
+    """Credentials for the registry, beside the pool file."""
     mount_repo_pool: bool = True
+    """Whether the slot is mounted at `/workspace`, read-write; it is then the working directory."""
     network: Word | None = None
+    """A network's name, or `host`, or `none`; the engine's default where nothing is said."""
     volumes: dict[Word, AbsolutePath] = Field(default_factory=dict)
+    """`{HOST: CONTAINER}`, read-write; a path on the engine's machine or a volume's name. Neither is made."""
     resources: Resources | None = None
+    """What each runner gets; the pool's quotas then bound the sum."""
     runtime: Word | None = None
+    """Such as `runsc` or `kata`; told in the record as `isolation`."""
     gpus: Annotated[Word, BeforeValidator(_as_text)] | None = None
+    """As `docker run --gpus`: a number, `all`, or `device=ID,ID`."""
     user: User | None = None
+    """`UID`, `UID:GID`, a name the image knows, or `image`: whom the image says. Otherwise the slot's owner."""
     cap_add: list[Word] = Field(default_factory=list)
+    """Capabilities given back, such as `NET_ADMIN`."""
     pids_limit: int | None = Field(default=None, ge=1)
+    """Processes and threads at once; 4096 where nothing is said."""
     docker_host: Annotated[str, Field(pattern=r"^(unix|tcp|http|https)://[!-~]+$")] = DOCKER_HOST
+    """Or `tcp://HOST:PORT`, `http://...`, `https://...`."""
     slot_path_map: dict[AbsolutePath, AbsolutePath] = Field(default_factory=dict)
+    """`{OURS: THE ENGINE'S}`, for where the two see slots under different paths."""
 
     @field_validator("docker_host")
     @classmethod
@@ -330,25 +373,45 @@ class KubernetesConfig(PoolConfig):
     """A Job with one pod. `job_template` is the parsed file. The last two keys are the old system's, and set aside."""
 
     namespace: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")] = "necrocode-agents"
+    """Must exist; each is an engine of its own."""
     image: Word = "necrocode/runner:latest"
+    """The image of the pod's container `runner`."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    """As Kubernetes has it."""
     command: Command | None = None
+    """The image's own where it is not given; `$` reaches the program as it is written."""
     job_template: JobTemplate | None = None
+    """A Job in YAML that ours is merged into, beside the pool file."""
     service_account: ObjectName | None = None
+    """None, and no token in the pod, where nothing is said."""
     image_pull_secrets: list[ObjectName] = Field(default_factory=list)
+    """Names of Secrets in the namespace."""
     node_selector: dict[str, String] = Field(default_factory=dict)
+    """Labels of the nodes it may run on."""
     tolerations: list[dict[str, JsonValue]] = Field(default_factory=list)
+    """As Kubernetes writes them."""
     resources: PodResources | None = None
+    """What each runner gets; the pool's quotas then bound the sum."""
     env_from: list[dict[str, JsonValue]] = Field(default_factory=list)
+    """As Kubernetes writes it; it never beats the launcher's variables."""
     annotations: dict[str, String] = Field(default_factory=dict)
+    """Of Job and pod."""
     run_as_user: int = Field(default=65532, ge=0)
+    """Such a user has no home in most images: set `HOME`."""
     fs_group: int | None = Field(default=None, ge=0)
+    """The group that volumes belong to; `run_as_user` where nothing is said."""
     workspace: Workspace = NoWorkspace()
+    """What is mounted at `/workspace`."""
     ttl_seconds: int | None = Field(default=None, ge=0)
+    """The cluster removes an ended Job after this time; one that is gone before it was read is `lost`. Better left out."""
     kubeconfig: File | None = None
+    """How the cluster is reached; the one that the service runs in where nothing is said."""
     context: Word | None = None
+    """One of the kubeconfig's contexts."""
     restart_policy: JsonValue = Field(default=None, exclude=True)
+    """Set aside: a runner is never started again."""
     backoff_limit: JsonValue = Field(default=None, exclude=True)
+    """Set aside likewise."""
 
     @field_validator("labels", "annotations", "node_selector")
     @classmethod
@@ -413,11 +476,17 @@ class Pool(BaseModel):
 
     name: Identifier
     type: PoolType = Field(strict=False)
+    """Where runners run; it says which keys `config` has."""
     max_concurrency: Count = 1
+    """Live runners at once; beyond that 429, or the queue."""
     cpu_quota: Cores | None = None
+    """For each runner; with `config.resources` for all of them together."""
     memory_quota: Mebibytes | None = None
+    """For each runner; with `config.resources` for all of them together."""
     enabled: bool = True
+    """Whether it takes launches; a switch by `PATCH /pools/NAME` beats the file."""
     config: LocalProcessConfig | DockerConfig | KubernetesConfig
+    """By type, below."""
 
     @field_validator("config", mode="before")
     @classmethod

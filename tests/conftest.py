@@ -30,7 +30,7 @@ from typing_extensions import override
 from app.main import create_app
 from app.settings import Settings
 
-pytest_plugins = ["docker_engine"]
+pytest_plugins = ["docker_engine", "service_image"]
 pytest.register_assert_rewrite("launcher_contract")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background deaf to these two,
@@ -49,7 +49,7 @@ TELL = "cat /proc/$$/environ >environ.new && mv environ.new environ\n"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where there are several processes, keep a file in one, and all that share a cluster too: some tests stop its parts."""
     for item in items:
-        group = "kubernetes" if "kubernetes" in item.path.stem else item.path.stem
+        group = "kubernetes" if "kubernetes" in f"{item.path.stem} {item.name}" else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
 
 

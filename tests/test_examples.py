@@ -74,7 +74,10 @@ def test_the_demo_of_kubernetes_says_what_it_lacks(tmp_path: Path) -> None:
     assert f"{tmp_path}/none names cannot be used" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["pools.yaml", "pools-docker.yaml", "pools-kubernetes.yaml"])
+@pytest.mark.parametrize(
+    "name",
+    ["pools.yaml", "pools-docker.yaml", "pools-kubernetes.yaml", "pools-in-a-container.yaml", "pools-first-kubernetes.yaml"],
+)
 def test_the_pool_files_load_without_a_warning(name: str) -> None:
     pools = load_pools(EXAMPLES / name)
     assert pools.by_name
