@@ -62,7 +62,7 @@ hooks: .venv/shipping ## have git run check before a commit, and audit before a 
 audit: .venv/shipping ## known flaws in what we depend on, unsafe code, secrets that were left in files
 	$(BIN)/pip-audit --disable-pip --require-hashes --requirement requirements.txt $(PIP_AUDIT_ARGS)
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive app client/runner_launcher_client examples
-	git ls-files -z ':!tests/golden' ':!requirements*.txt' | xargs -0 $(BIN)/detect-secrets-hook \
+	git ls-files -z ':!tests/golden' ':!requirements*.txt' ':!openapi/versions.yaml' | xargs -0 $(BIN)/detect-secrets-hook \
 	  --disable-plugin KeywordDetector --exclude-lines '@[a-z.]*example\.'
 
 dist: .venv/shipping ## what a release has: both distributions, the chart, and the list of their parts (SBOM)
