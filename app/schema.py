@@ -5,7 +5,7 @@ The unique indexes over live rows are the slot guard: they hold even against a d
 
 from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, text
 
-HEAD = "0005"
+HEAD = "0006"
 """The migration that this code expects; a test compares it with the scripts."""
 
 metadata = MetaData()
@@ -33,6 +33,7 @@ runners = Table(
     Column("last_heartbeat", Float),
     Column("cleaned", Boolean, nullable=False),
     Column("body", Text, nullable=False),
+    Column("log_kept_by", String),  # the node that kept the log
     sqlite_autoincrement=True,
 )
 Index("runners_live_slot", runners.c.slot_id, unique=True, sqlite_where=LIVE, postgresql_where=LIVE)
@@ -122,4 +123,22 @@ replicas = Table(  # services that share this database; the last batch of writes
     metadata,
     Column("replica", String, primary_key=True),
     Column("last_batch", String, nullable=False),
+)
+
+leases = Table(  # which replica acts on what; `expires_at` by the database's clock, in seconds since the epoch
+    "leases",
+    metadata,
+    Column("key", String, primary_key=True),
+    Column("replica", String, nullable=False),
+    Column("generation", Number, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("node", String, nullable=False),
+    Column("url", String, nullable=False),
+)
+
+installations = Table(  # one row: the name that runners bear on engines, for replicas that share them
+    "installations",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", String, nullable=False),
 )

@@ -31,7 +31,7 @@ from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError
 from sqlalchemy.pool import QueuePool
 
 from app import postgres
-from app.errors import AmbiguousId, ConfigurationError, InvalidRequest, NotFound, PoolFull, SlotBusy, Unavailable
+from app.errors import AmbiguousId, ConfigurationError, InvalidRequest, NotFound, NotOwner, PoolFull, SlotBusy, Unavailable
 from app.events import Change, Event
 from app.launcher import LaunchSpec
 from app.pools import Usage
@@ -44,6 +44,8 @@ from app.schema import (
     events,
     history,
     idempotency_keys,
+    installations,
+    leases,
     pool_switches,
     replicas,
     runner_labels,
@@ -129,14 +131,24 @@ class Arrears:
     parked: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """The lease that a write is made under; it is refused once somebody else has taken the lease."""
+
+    key: str
+    generation: int
+
+
 class Store:
     """Runners, their events and specs, idempotency keys and pool switches, in one database."""
 
     def __init__(self, url: str, publish: Callable[[Sequence[Change]], None], replica: str | None = None) -> None:
         self._replica = replica or secrets.token_hex(6)
+        self._claimed: set[str] = set()  # by this process, which may not be the first of this replica
         self._publish = publish
         self._closed = False
         self._ended = threading.Event()
+        self._heeding: list[Callable[[str], None]] = []
         self._told = 0  # the newest revision that was published; shared databases only
         self._telling = threading.Lock()
         try:
@@ -214,24 +226,34 @@ class Store:
         """
         return await self._write(functools.partial(_intend, intent))
 
-    async def adopt(self, runner: Runner, at: float) -> None:
+    async def adopt(self, runner: Runner, at: float, fence: Fence | None = None) -> None:
         """Record a live runner that an engine holds and nobody knew of. Raises SlotBusy."""
 
         def write(connection: Connection, changes: list[Change]) -> None:
             _check_slot(connection, runner)
             _insert(connection, changes, runner, at=at, event_type="adopted")
 
-        await self._write(write)
+        await self._write(write, fence)
 
-    async def admit(self, runner: Runner, refusal: Callable[[Usage], str | None], now: float) -> bool:
+    async def admit(
+        self, runner: Runner, refusal: Callable[[Usage], str | None], now: float, fence: Fence | None = None
+    ) -> bool:
         """Give a queued runner a place, if there is one and nobody waits before it."""
-        return await self._write(functools.partial(_admit, runner, refusal, now))
+        return await self._write(functools.partial(_admit, runner, refusal, now), fence)
 
     async def change(
-        self, old: Runner, new: Runner, event: str, at: float, data: dict[str, JsonValue] | None = None
+        self,
+        old: Runner,
+        new: Runner,
+        event: str,
+        at: float,
+        data: dict[str, JsonValue] | None = None,
+        *,
+        fence: Fence | None = None,
     ) -> Runner | None:
         """Write a change decided on ``old``; None if the runner has changed since, and then nothing is written."""
-        return await self._write(functools.partial(_change, old=old, new=new, event_type=event, at=at, data=data))
+        change = functools.partial(_change, old=old, new=new, event_type=event, at=at, data=data)
+        return await self._write(change, fence)
 
     async def beat(self, runner_id: str, at: float) -> None:
         """Note a sign of life."""
@@ -242,15 +264,17 @@ class Store:
 
         await self._write(write)
 
-    async def forget_spec(self, runner_id: str) -> None:
+    async def forget_spec(self, runner_id: str, fence: Fence | None = None, log_kept_by: str | None = None) -> None:
         """Wipe a finished runner's secrets: nothing of it is left on its engine."""
 
         def write(connection: Connection, _: list[Change]) -> None:
             connection.execute(sa.delete(specs).where(specs.c.runner_id == runner_id))
             self._wiped = not self.shared
-            connection.execute(sa.update(runners).where(runners.c.runner_id == runner_id).values(cleaned=True))
+            connection.execute(
+                sa.update(runners).where(runners.c.runner_id == runner_id).values(cleaned=True, log_kept_by=log_kept_by)
+            )
 
-        await self._write(write)
+        await self._write(write, fence)
 
     async def forget(self, runner_ids: Collection[str]) -> None:
         """Forget ended runners of which nothing is left elsewhere, with their events and keys; leave any others."""
@@ -303,6 +327,57 @@ class Store:
     async def settle_webhook(self, target: str, runner_id: str) -> None:
         """Note that a target is owed nothing of a runner any more."""
         await self._write(lambda connection, _: connection.execute(_arrears_of(target, runner_id)))
+
+    # What replicas that share a database tell each other.
+
+    async def claim(self, keys: Sequence[str], node: str, url: str, seconds: float) -> dict[str, int]:
+        """Take or renew these leases as far as nobody else holds them; gives the generation of each that is ours."""
+
+        def write(connection: Connection, _: list[Change]) -> dict[str, int]:
+            held = _claim(connection, keys, seconds, self._claimed, replica=self._replica, node=node, url=url)
+            self._claimed = set(held)
+            return held
+
+        return await self._write(write)
+
+    async def release(self, word: str) -> None:
+        """Let all leases of this replica run out now, and say so to the others."""
+
+        def write(connection: Connection, _: list[Change]) -> None:
+            connection.execute(sa.update(leases).where(leases.c.replica == self._replica).values(expires_at=0))
+            postgres.notify(connection, word)
+
+        await self._write(write)
+
+    async def hint(self, text: str) -> None:
+        """Tell all replicas something short, which they may miss; nothing where nobody shares this database."""
+        if self.shared:
+            await self._write(lambda connection, _: postgres.notify(connection, text))
+
+    def heed(self, listener: Callable[[str], None]) -> None:
+        """Call this on the event loop with what replicas hint."""
+        self._heeding.append(listener)
+
+    async def url_of(self, node: str) -> str | None:
+        """Say where the replica of a node is, or was last, reached."""
+        query = sa.select(leases.c.url).where(leases.c.key == f"node {node}")
+        return await self._read(lambda connection: connection.execute(query).scalar())
+
+    async def log_kept_by(self, runner_id: str) -> str | None:
+        """Name the node that kept a runner's log; None while nobody has."""
+        query = sa.select(runners.c.log_kept_by).where(runners.c.runner_id == runner_id)
+        return await self._read(lambda connection: connection.execute(query).scalar())
+
+    async def installation(self, name: str) -> str:
+        """Give the name that the first replica brought; that is this one's own where nobody shares the database."""
+
+        def write(connection: Connection, _: list[Change]) -> str:
+            known: str | None = connection.execute(sa.select(installations.c.name)).scalar()
+            if known is None:
+                connection.execute(sa.insert(installations).values(id=1, name=name))
+            return known or name
+
+        return await self._write(write) if self.shared else name
 
     # Reads.
 
@@ -432,7 +507,9 @@ class Store:
         except DBAPIError as error:
             raise Unavailable(f"the store cannot be read: {error.orig}", code="store-unavailable") from error
 
-    async def _write(self, write: Write[T]) -> T:
+    async def _write(self, write: Write[T], fence: Fence | None = None) -> T:
+        if fence:
+            write = functools.partial(_fenced, fence, write)
         if self._closed:
             raise Unavailable("the store is closed", code="store-unavailable")
         pending = _Pending(write, self._loop.create_future())
@@ -533,8 +610,10 @@ class Store:
     def _follow(self) -> None:
         postgres.follow(self._read_engine, self._hear, self._ended)
 
-    def _hear(self, _: str) -> None:
+    def _hear(self, text: str) -> None:
         self._tell()
+        for listener in self._heeding if text else ():
+            self._loop.call_soon_threadsafe(listener, text)
 
     def _tell(self) -> None:
         """Publish what was committed, by whomever, since this was last done; a database that is away is asked later."""
@@ -756,6 +835,34 @@ def _change(
         raise RuntimeError(f"{old.runner_id} changed inside a transaction that had read it")
     changes.append(Change(new, event))
     return new
+
+
+def _fenced(fence: Fence, write: Write[T], connection: Connection, changes: list[Change]) -> T:
+    generation = connection.execute(sa.select(leases.c.generation).where(leases.c.key == fence.key)).scalar()
+    if generation != fence.generation:
+        raise NotOwner(f"another replica owns {fence.key}")
+    return write(connection, changes)
+
+
+def _claim(
+    connection: Connection, keys: Sequence[str], seconds: float, claimed: Collection[str], **owner: str
+) -> dict[str, int]:
+    """Take leases that ran out or are ours; the generation rises unless it is this process that renews."""
+    now = float(connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())").scalar_one())
+    known = {row.key: row for row in connection.execute(sa.select(leases).where(leases.c.key.in_(keys)))}
+    held = {}
+    for key in keys:
+        row = known.get(key)
+        ours = row is not None and row.replica == owner["replica"]
+        if row and not ours and row.expires_at > now:
+            continue
+        held[key] = row.generation + (not (ours and key in claimed)) if row else 1
+        facts = {"generation": held[key], "expires_at": now + seconds, **owner}
+        if row:
+            connection.execute(sa.update(leases).where(leases.c.key == key).values(facts))
+        else:
+            connection.execute(sa.insert(leases).values(key=key, **facts))
+    return held
 
 
 def _name_batch(connection: Connection, replica: str, name: str) -> None:

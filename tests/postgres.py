@@ -45,6 +45,7 @@ class Proxy:
         self.lose: Literal["", "commit", "answer"] = ""
         self.lost = 0
         self._away = False
+        self._tasks: set[asyncio.Task[None]] = set()
         self._open: set[asyncio.StreamWriter] = set()
 
     @asynccontextmanager
@@ -71,6 +72,9 @@ class Proxy:
         if self._away:
             writer.close()
             return
+        task = asyncio.current_task()
+        assert task
+        self._tasks.add(task)  # nobody else holds it
         there, back = await asyncio.open_connection(*self._server_at)
         self._open |= {writer, back}
         await asyncio.gather(self._pass(reader, back, watch=True), self._pass(there, writer), return_exceptions=True)

@@ -872,9 +872,18 @@ async def test_labels_of_before_there_was_a_table_of_them_are_found(path: Path, 
     async with opened(database) as store:
         await add(store, 1, labels={"team": "core"})
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        for name in ("runner_labels", "history", "webhook_targets", "webhook_arrears", "replicas"):
+        for name in (
+            "runner_labels",
+            "history",
+            "webhook_targets",
+            "webhook_arrears",
+            "replicas",
+            "leases",
+            "installations",
+        ):
             connection.execute(f"DROP TABLE {name}")
         connection.execute("DROP INDEX idempotency_keys_runner")
+        connection.execute("ALTER TABLE runners DROP COLUMN log_kept_by")
         connection.execute("UPDATE alembic_version SET version_num = '0001'")
         connection.commit()
     async with opened(database) as store:
