@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo serve check test crash faults bench openapi hooks audit dist reference docs image lint screenshots lock clean
+.PHONY: help demo serve check test crash replicas faults bench openapi hooks audit dist reference docs image lint screenshots lock clean
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
@@ -40,6 +40,9 @@ test: .venv/ready ## all tests; what this machine lacks is skipped with a reason
 
 crash: .venv/ready ## kill the service ROUNDS times with launches in flight, and see that nothing is lost
 	$(BIN)/python tests/crash/crash.py --rounds $(or $(ROUNDS),20) --kind $(or $(KIND),local-process) $(CRASH_ARGS)
+
+replicas: .venv/ready ## kill two replicas in turn with launches in flight: DATABASE=postgresql://... of an empty database
+	$(BIN)/python tests/crash/replicas.py --rounds $(or $(ROUNDS),20) --database $(DATABASE) $(CRASH_ARGS)
 
 faults: .venv/ready ## the faults of engines that take minutes to show, on real engines
 	$(BIN)/python -m pytest -m slow --timeout 900 $(PYTEST_ARGS)

@@ -6,10 +6,11 @@ RunnerLauncherError
 │   ├── LauncherUnavailable     cannot ask, or the outcome is unknown: changes nothing, ask again
 │   ├── LaunchRejected          never will work as asked: the launch ends with this reason
 │   └── RunnerGone              the engine has no such runner
+├── NotOwner                another replica acts on this: nothing to do here
 ├── RequestRefused          a request that changed nothing; ``code`` names it for machines
 │   ├── NotAuthenticated, NotPermitted, NotFound, InvalidRequest, ContextTooLarge
 │   ├── AmbiguousId, RunnerEnded, HistoryGone
-│   └── SlotBusy, PoolFull, TooManyCalls, Unavailable
+│   └── SlotBusy, PoolFull, TooManyCalls, Misdirected, Unavailable
 └── RunnerLaunchError       an accepted request whose launch failed; carries the runner
 """
 
@@ -66,6 +67,10 @@ class LaunchRejected(LauncherError):
 
 class RunnerGone(LauncherError):
     """The engine has no runner under this handle."""
+
+
+class NotOwner(RunnerLauncherError):
+    """Another replica acts on this, or may by now."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,16 @@ class TooManyCalls(RequestRefused):
 
     code = "too-many-calls"
     retryable = True
+
+
+class Misdirected(RequestRefused):
+    """What is asked for belongs to another node; ``url`` is where its replica is reached, where that is known."""
+
+    code = "other-node"
+
+    def __init__(self, message: str, url: str | None) -> None:
+        super().__init__(f"{message}; ask {url}" if url else message)
+        self.url = url
 
 
 class Unavailable(RequestRefused):

@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import functools
 import os
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -19,6 +20,7 @@ from app.journal import Journal
 from app.launcher import Launcher
 from app.launchers import open_launcher
 from app.logs import Spool
+from app.ownership import Ownership
 from app.pools import load_pools
 from app.reconciler import Reconciler
 from app.retention import Keep, Retention
@@ -47,7 +49,6 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             _take_state_dir(settings, stack)
-            ours = functools.partial(open_launcher, state_dir=settings.state_dir, installation=installation(settings))
             app.state.tracing = tracing = open_tracing(os.environ, now)
             feed = Feed()
             if tracing:
@@ -56,35 +57,59 @@ def create_app(
             spool = Spool(settings.state_dir / "logs")
             configured = load_pools(settings.pools_file)
             targets = load_targets(settings.webhooks_file)
-            store = Store(settings.database, feed.publish)
+            store = Store(settings.database, feed.publish, replica=_replica(settings))
             stack.push_async_callback(store.aclose)
             await store.open()
             journal = Journal(store, feed)
+            name = await _installation(settings, store)
+            ours = functools.partial(open_launcher, state_dir=settings.state_dir, installation=name)
+            where = settings.public_url or url or f"http://{settings.listen}"
+            ownership = Ownership(store, node=settings.node, url=where, now=now)
             service: RunnerService
             reconciler = Reconciler(
-                store, feed, spool, open_launcher=launchers or ours, pools=lambda: service.pools.by_name, now=now
+                store,
+                feed,
+                spool,
+                ownership=ownership,
+                open_launcher=launchers or ours,
+                pools=lambda: service.pools.by_name,
+                now=now,
             )
             service = RunnerService(
-                settings, store, feed, spool, reconciler, journal=journal, pools=configured, tracing=tracing, now=now
+                settings,
+                store,
+                feed,
+                spool,
+                reconciler,
+                ownership=ownership,
+                journal=journal,
+                pools=configured,
+                tracing=tracing,
+                now=now,
             )
             await journal.open(service.draining)
             stack.push_async_callback(journal.aclose)
-            service.url = settings.public_url or url or f"http://{settings.listen}"
+            service.url = where
+            stack.push_async_callback(ownership.aclose)
             stack.push_async_callback(reconciler.aclose)
             app.state.service, app.state.feed = service, feed
             app.state.telemetry = telemetry = Telemetry(feed, lambda: service.pools.by_name, now)
-            source = f"urn:runner-launcher:{installation(settings)}"
+            source = f"urn:runner-launcher:{name}"
             app.state.webhooks = hooks = Webhooks(store, journal, source=source, told=telemetry.webhook_answered, now=now)
             stack.push_async_callback(hooks.aclose)
             await hooks.set(targets)
-            keep = Keep(
-                days=settings.retention_days, records=settings.retention_records, logs_mib=settings.retention_logs_mib
+            app.state.retention = Retention(
+                store,
+                spool,
+                Keep(days=settings.retention_days, records=settings.retention_records, logs_mib=settings.retention_logs_mib),
+                needed=hooks.needs,
+                now=now,
             )
-            app.state.retention = Retention(store, spool, keep, needed=hooks.needs, now=now)
             app.state.authenticator.open(settings)
             if settings.tokens_file:
                 reading = asyncio.create_task(app.state.authenticator.keep_reading(settings.tokens_file), name="token file")
                 stack.push_async_callback(_cancel, reading)
+            await ownership.open({pool.engine for pool in configured.by_name.values()})
             await reconciler.start()
             for name, work in {
                 "asking engines": service.keep_asking_engines(),
@@ -114,6 +139,26 @@ def create_app(
 async def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def _installation(settings: Settings, store: Store) -> str:
+    """Name the installation as all services that share the database do. Raises ConfigurationError."""
+    name = await store.installation(await asyncio.to_thread(installation, settings))
+    if settings.installation not in (None, name):
+        text = f"{settings.installation}, and the services that share this database are {name}"
+        raise ConfigurationError(f"RUNNER_LAUNCHER_INSTALLATION: {text}")
+    return name
+
+
+def _replica(settings: Settings) -> str:
+    """Name this replica among those that share a database, the same after a restart: its lock is on this directory."""
+    path = settings.state_dir / "replica"
+    if not path.exists():
+        fresh = path.with_suffix(".new")
+        fresh.touch(mode=0o600)
+        fresh.write_text(secrets.token_hex(6))
+        fresh.rename(path)
+    return f"{settings.node} {path.read_text()}"
 
 
 def _take_state_dir(settings: Settings, stack: AsyncExitStack) -> None:

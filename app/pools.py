@@ -321,6 +321,8 @@ class LocalProcessConfig(PoolConfig):
     """Takes the place of a leading `python`."""
     working_dir: AbsolutePath | None = None
     """Where it runs; in the slot where nothing is said."""
+    node: Word | None = None
+    """The node whose service alone runs it, where several share a database; the one that reads this file otherwise."""
     user: User | None = None
     """A name or `UID[:GID]` to run as; the service must be root."""
     resources: Resources | None = None
@@ -360,6 +362,8 @@ class DockerConfig(PoolConfig):
     """Or `tcp://HOST:PORT`, `http://...`, `https://...`."""
     slot_path_map: dict[AbsolutePath, AbsolutePath] = Field(default_factory=dict)
     """`{OURS: THE ENGINE'S}`, for where the two see slots under different paths."""
+    node: Word | None = None
+    """The node whose service alone runs it, where several share a database; the one that reads this file otherwise."""
 
     @field_validator("docker_host")
     @classmethod
@@ -455,6 +459,11 @@ _CONFIGS: dict[str, type[PoolConfig]] = {
     PoolType.DOCKER: DockerConfig,
     PoolType.KUBERNETES: KubernetesConfig,
 }
+
+
+def bound_to_node(engine: str) -> bool:
+    """Whether an engine can be reached on its own machine alone."""
+    return engine == "local-process" or engine.startswith("docker:unix:")
 
 
 # A pool.
@@ -565,6 +574,11 @@ class Pool(BaseModel):
                 return f"docker:{host}"
             case KubernetesConfig(namespace=namespace, kubeconfig=file, context=context):
                 return str(KubernetesEngine(namespace, Path(file) if file else None, context))
+
+    @property
+    def node(self) -> str | None:
+        """The node whose service alone may run it, where the pool names one."""
+        return None if isinstance(self.config, KubernetesConfig) else self.config.node
 
     @property
     def works_in_slot(self) -> bool:

@@ -12,16 +12,17 @@ import logging
 import random
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, assert_never
 
 from pydantic import JsonValue
 
 from app import log_lines
-from app.errors import LauncherUnavailable, LaunchRejected, NotFound, SlotBusy
+from app.errors import LauncherUnavailable, LaunchRejected, NotFound, NotOwner, SlotBusy, Unavailable
 from app.events import Change, Feed, Watch
 from app.launcher import Exited, Found, Gone, Handle, Launcher, LaunchSpec, Observation, Running, Starting
 from app.logs import Spool
+from app.ownership import Ownership
 from app.pools import Pool, Usage
 from app.runner import (
     KILL_AGAIN_SECONDS,
@@ -56,6 +57,9 @@ SWEEP_SECONDS = 300.0
 START_SECONDS = 2.0
 GRACE_SECONDS = 600.0
 """How long something that ended and is on no record is left alone: whoever made it may be about to record it."""
+
+SKEW_SECONDS = 5.0
+"""How far the clocks of two replicas may be apart."""
 
 BACKOFF_SECONDS = (0.2, 10.0)
 """The first and the longest pause before an engine that did not answer is asked again."""
@@ -96,6 +100,7 @@ class Reconciler:
         feed: Feed,
         spool: Spool,
         *,
+        ownership: Ownership,
         open_launcher: Callable[[str], Launcher],
         pools: Callable[[], Mapping[str, Pool]],
         now: Callable[[], float] = time.time,
@@ -103,6 +108,7 @@ class Reconciler:
         self._store = store
         self._feed = feed
         self._spool = spool
+        self._ownership = ownership
         self._open_launcher = open_launcher
         self._pools = pools
         self._now = now
@@ -116,6 +122,8 @@ class Reconciler:
         self._tasks: list[asyncio.Task[None]] = []
         self._working: set[asyncio.Task[None]] = set()
         feed.listen(self._changed)
+        store.heed(self._heard)
+        ownership.on_gain(self._gained)
 
     async def start(self) -> None:
         """Take up every runner that needs something, and keep at it.
@@ -148,6 +156,7 @@ class Reconciler:
         """Look at the first that waits for a place in this pool: there may be one now."""
         for runner_id in (await self._store.queued(pool_name))[:1]:
             self._queue.add(runner_id)
+            await self._store.hint(runner_id)
 
     async def launcher(self, engine: str) -> Launcher:
         """Give the launcher of an engine, opened at first use. Raises LaunchRejected."""
@@ -174,13 +183,35 @@ class Reconciler:
                 launcher = await asyncio.to_thread(self._open_launcher, name)  # loads the engine's library
                 engine = self._engines[name] = _Engine(launcher, opened_at=self._now())
                 engine.loops = (
-                    asyncio.create_task(self._forever(lambda: self._watch(engine)), name=f"watch {name}"),
+                    asyncio.create_task(self._forever(lambda: self._watch(name, engine)), name=f"watch {name}"),
                     asyncio.create_task(self._forever(lambda: self._resync(name, engine)), name=f"resync {name}"),
                 )
             return self._engines[name]
 
     def _changed(self, change: Change) -> None:
         self._queue.add(change.runner.runner_id)
+
+    def _heard(self, text: str) -> None:
+        if text.startswith("runner-"):
+            self._queue.add(text)
+
+    def _gained(self, key: str) -> None:
+        """Take up what another replica has left, engines without a record included."""
+        task = asyncio.create_task(self._take_over(key))
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
+
+    async def _take_over(self, key: str) -> None:
+        try:
+            for runner_id in await self._store.unclean():
+                self._queue.add(runner_id)
+        except Unavailable as error:
+            log.warning("%s cannot be taken over yet: %s", key, error)
+            await asyncio.sleep(1)
+            self._gained(key)
+        for name in {pool.engine for pool in self._pools().values()} | set(self._engines):
+            if self._ownership.key_of(name) == key:
+                await self._sweep_engine(name)
 
     # The loops.
 
@@ -191,6 +222,8 @@ class Reconciler:
                 await step()
             except asyncio.CancelledError:
                 raise
+            except NotOwner:
+                await asyncio.sleep(1)
             except Exception:
                 log.exception("a loop of the reconciler failed, and goes on")
                 await asyncio.sleep(1)
@@ -210,6 +243,8 @@ class Reconciler:
                 self._queue.add_after(runner_id, pause)
         except asyncio.CancelledError:
             raise
+        except NotOwner:
+            pass  # whoever becomes the owner takes it up
         except (LauncherUnavailable, LaunchRejected) as error:
             pause = self._back_off(runner_id)
             level = logging.WARNING if self._failures[runner_id] == LOUD else logging.DEBUG
@@ -227,17 +262,20 @@ class Reconciler:
         first, longest = BACKOFF_SECONDS
         return random.uniform(first / 2, min(longest, first * 2 ** min(failures, 30)))  # noqa: S311 - spreads load
 
-    async def _watch(self, engine: _Engine) -> None:
-        async for runner_id in engine.launcher.watch():
-            engine.hinted_at = self._now()
-            self._queue.add(runner_id)
+    async def _watch(self, name: str, engine: _Engine) -> None:
+        async with self._ownership.holding(self._ownership.key_of(name)):
+            async for runner_id in engine.launcher.watch():
+                engine.hinted_at = self._now()
+                self._queue.add(runner_id)
 
     async def _resync(self, name: str, engine: _Engine) -> None:
         """Compare all that runs on an engine with what it says, in one call."""
         await asyncio.sleep(RESYNC_SECONDS)
-        running = {runner.runner_id: runner for runner in await self._store.accepted() if runner.engine == name}
+        mine = self._ownership.holds(self._ownership.key_of(name))
+        accepted = await self._store.accepted() if mine else []
+        running = {runner.runner_id: runner for runner in accepted if runner.engine == name}
         try:
-            seen = await engine.launcher.observe([_handle(runner) for runner in running.values()])
+            seen = await engine.launcher.observe([_handle(runner) for runner in running.values()]) if mine else {}
             await engine.launcher.ping()
         except LauncherUnavailable as error:
             if not engine.away:
@@ -264,6 +302,8 @@ class Reconciler:
             await self.sweep(name)
         except (LauncherUnavailable, LaunchRejected) as error:
             log.warning("%s cannot be swept: %s", name, error)
+        except NotOwner:
+            pass  # its owner does it
 
     async def sweep(self, name: str) -> list[Stray]:
         """Adopt a live runner without a record, for a lost database must not kill an agent; remove what ended, later.
@@ -271,7 +311,7 @@ class Reconciler:
         Gives what was found. Raises LauncherUnavailable, LaunchRejected.
         """
         engine = await self._engine(name)
-        async with engine.sweeping:
+        async with self._ownership.holding(self._ownership.key_of(name)), engine.sweeping:
             return await self._settle(name, engine.launcher)
 
     async def _settle(self, name: str, launcher: Launcher) -> list[Stray]:
@@ -283,7 +323,9 @@ class Reconciler:
                 await launcher.remove(found.handle)
             elif stray.fate == "adopt":
                 try:
-                    await self._store.adopt(adopted(found.labels, found.handle, name, found.created_at), self._now())
+                    runner = adopted(found.labels, found.handle, name, found.created_at)
+                    runner = replace(runner, home=self._ownership.home(name))
+                    await self._store.adopt(runner, self._now(), self._ownership.fence(runner))
                 except (KeyError, TypeError, ValueError, SlotBusy) as error:
                     log.error("%s: %s lives without a record and cannot be adopted: %r", name, runner_id, error)  # noqa: TRY400
                 else:
@@ -325,14 +367,18 @@ class Reconciler:
 
     async def _drive(self, runner_id: str, watch: Watch) -> float | None:
         try:
-            runner: Runner | None = await self._store.get(runner_id)
+            runner = await self._store.get(runner_id)
         except NotFound:
             return None
-        if runner and runner.traceparent:
+        if runner.traceparent:
             log_lines.trace_id.set(runner.traceparent.split("-")[1])
+        async with self._ownership.owning(runner):
+            return await self._steps(runner, watch)
+
+    async def _steps(self, runner: Runner | None, watch: Watch) -> float | None:
         seen: Observation | None = None
         while runner:
-            action = decide(runner, seen, self._now(), self._since)
+            action = decide(runner, seen, self._now(), max(self._since, self._ownership.since(runner)))
             seen = None
             match action:
                 case Wait(until=until):
@@ -364,7 +410,7 @@ class Reconciler:
 
     async def _write(self, old: Runner, new: Runner, event: str, **data: JsonValue) -> Runner | None:
         """Write a change; None if somebody else was first, and then everything is to be decided anew."""
-        return await self._store.change(old, new, event, self._now(), data)
+        return await self._store.change(old, new, event, self._now(), data, fence=self._ownership.fence(old))
 
     async def _look(self, runner: Runner) -> Observation:
         """Ask the engine. Raises LauncherUnavailable also where it cannot say anything of this runner now."""
@@ -402,7 +448,7 @@ class Reconciler:
         try:
             return await self._engine(runner.engine)
         except LaunchRejected as error:
-            if runner.created_at < self._since and not runner.untouched:
+            if self._may_be_known(runner) and not runner.untouched:
                 raise LauncherUnavailable(f"{runner.engine} cannot be opened: {error}") from error
             raise
 
@@ -441,12 +487,16 @@ class Reconciler:
         delay = error.retry_after or random.uniform(0, longest)  # noqa: S311 - full jitter
         # A service before this one may have begun this very call, or we did and called it off: that nothing was done now
         # says nothing of then.
-        acted = error.acted or runner.created_at < self._since or runner.runner_id in self._cut_short
+        acted = error.acted or self._may_be_known(runner) or runner.runner_id in self._cut_short
         failed = call_failed(runner, str(error), acted=acted, delay=delay, now=self._now(), reason=error.reason)
         written = await self._write(runner, failed, "attempt_failed", attempt=asdict(failed.attempts[-1]))
         if written is None and acted:
             self._cut_short.add(runner.runner_id)
         return written
+
+    def _may_be_known(self, runner: Runner) -> bool:
+        """Whether a service before this one, or the owner before us, may have launched it."""
+        return runner.created_at < max(self._since, self._ownership.since(runner) + SKEW_SECONDS)
 
     async def _admit(self, runner: Runner) -> bool:
         pool = self._pools().get(runner.pool_name)
@@ -454,7 +504,7 @@ class Reconciler:
         def refusal(usage: Usage) -> str | None:
             return pool.refusal(usage) if pool else None  # a pool taken out of its file still serves what it accepted
 
-        admitted = await self._store.admit(runner, refusal, self._now())
+        admitted = await self._store.admit(runner, refusal, self._now(), self._ownership.fence(runner))
         if admitted:
             await self.wake_queued(runner.pool_name)
         return admitted
@@ -467,7 +517,7 @@ class Reconciler:
                 if runner.accepted:
                     await self._spool.keep(launcher, _handle(runner))
                 await launcher.remove(_handle(runner))
-        await self._store.forget_spec(runner.runner_id)
+        await self._store.forget_spec(runner.runner_id, self._ownership.fence(runner), self._ownership.node)
         self._cut_short.discard(runner.runner_id)
 
 

@@ -96,7 +96,8 @@ class Runner:
     """One accepted launch, from intent to end.
 
     ``calls`` counts launch calls begun; it is written before each call, so a crash in the middle of one shows.
-    ``slot_place`` is the slot's real path on its host, where the runner enters it. ``revision`` is that of the last event.
+    ``slot_place`` is the slot's real path on its host, where the runner enters it. ``home`` is the node that alone can reach
+    its engine, where replicas share a store. ``revision`` is that of the last event.
     ``traceparent`` is its place in a trace as it was told; ``parent_span`` the span above, empty if it has none of its own.
     ``cleaned``: the engine holds nothing of it any more and its secrets are wiped.
     """
@@ -111,6 +112,7 @@ class Runner:
     launch_deadline: float
     policy: Policy
     slot_place: str | None = None
+    home: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
     cpu: float | None = None
     memory_mib: int | None = None

@@ -3,21 +3,24 @@
 The unique indexes over live rows are the slot guard: they hold even against a defect in the code above them.
 """
 
-from sqlalchemy import Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, text
+from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, text
 
-HEAD = "0004"
+HEAD = "0006"
 """The migration that this code expects; a test compares it with the scripts."""
 
 metadata = MetaData()
+
+Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up integers alone, and they are as wide
+"""A number that rises for ever."""
 
 LIVE = text("phase != 'finished'")
 
 runners = Table(
     "runners",
     metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("seq", Number, primary_key=True, autoincrement=True),
     Column("runner_id", String, nullable=False, unique=True),
-    Column("revision", Integer, nullable=False),
+    Column("revision", Number, nullable=False),
     Column("phase", String, nullable=False),
     Column("state", String, nullable=False),
     Column("pool_name", String, nullable=False),
@@ -26,10 +29,11 @@ runners = Table(
     Column("slot_place", String),
     Column("created_at", Float, nullable=False),
     Column("cpu", Float),
-    Column("memory_mib", Integer),
+    Column("memory_mib", Number),
     Column("last_heartbeat", Float),
     Column("cleaned", Boolean, nullable=False),
     Column("body", Text, nullable=False),
+    Column("log_kept_by", String),  # the node that kept the log
     sqlite_autoincrement=True,
 )
 Index("runners_live_slot", runners.c.slot_id, unique=True, sqlite_where=LIVE, postgresql_where=LIVE)
@@ -47,7 +51,7 @@ runner_labels = Table(  # the labels of runners, as lists are asked for them; `s
     metadata,
     Column("key", String, primary_key=True),
     Column("value", String, primary_key=True),
-    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("seq", Number, primary_key=True, autoincrement=False),
 )
 
 specs = Table(  # how to launch, secrets included; wiped at the end
@@ -60,7 +64,7 @@ specs = Table(  # how to launch, secrets included; wiped at the end
 events = Table(
     "events",
     metadata,
-    Column("revision", Integer, primary_key=True, autoincrement=True),
+    Column("revision", Number, primary_key=True, autoincrement=True),
     Column("runner_id", String, nullable=False),
     Column("at", Float, nullable=False),
     Column("body", Text, nullable=False),
@@ -83,7 +87,7 @@ history = Table(  # one row: the newest event that is no longer kept
     "history",
     metadata,
     Column("id", Integer, primary_key=True),
-    Column("forgotten", Integer, nullable=False),
+    Column("forgotten", Number, nullable=False),
 )
 
 pool_switches = Table(  # a pool switched on or off by hand, which beats the file
@@ -97,7 +101,7 @@ webhook_targets = Table(  # up to which revision each was told all that it is no
     "webhook_targets",
     metadata,
     Column("name", String, primary_key=True),
-    Column("place", Integer, nullable=False),
+    Column("place", Number, nullable=False),
     Column("gone", Boolean, nullable=False),
 )
 
@@ -106,10 +110,35 @@ webhook_arrears = Table(  # whose events, from which revision on, a target did n
     metadata,
     Column("target", String, primary_key=True),
     Column("runner_id", String, primary_key=True),
-    Column("revision", Integer, nullable=False),
+    Column("revision", Number, nullable=False),
     Column("attempts", Integer, nullable=False),
     Column("error", Text, nullable=False),
     Column("since", Float, nullable=False),
     Column("retry_at", Float, nullable=False),
     Column("parked", Boolean, nullable=False),
+)
+
+replicas = Table(  # services that share this database; the last batch of writes that each has committed
+    "replicas",
+    metadata,
+    Column("replica", String, primary_key=True),
+    Column("last_batch", String, nullable=False),
+)
+
+leases = Table(  # which replica acts on what; `expires_at` by the database's clock, in seconds since the epoch
+    "leases",
+    metadata,
+    Column("key", String, primary_key=True),
+    Column("replica", String, nullable=False),
+    Column("generation", Number, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("node", String, nullable=False),
+    Column("url", String, nullable=False),
+)
+
+installations = Table(  # one row: the name that runners bear on engines, for replicas that share them
+    "installations",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", String, nullable=False),
 )

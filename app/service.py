@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic import JsonValue
 
@@ -27,8 +27,10 @@ from app.errors import (
     InvalidRequest,
     LauncherUnavailable,
     LaunchRejected,
+    Misdirected,
     NotAuthenticated,
     NotFound,
+    NotOwner,
     NotPermitted,
     RunnerEnded,
     RunnerLaunchError,
@@ -40,6 +42,7 @@ from app.journal import Journal, Line, write_out
 from app.launcher import Handle, LaunchSpec, Renders
 from app.logs import Spool
 from app.models import LaunchRequest, Slot
+from app.ownership import Ownership
 from app.pools import Pool, Pools, Usage, load_pools, resolve
 from app.reason import Reason
 from app.reconciler import Reconciler, Stray
@@ -100,6 +103,7 @@ class RunnerService:
         spool: Spool,
         reconciler: Reconciler,
         *,
+        ownership: Ownership,
         journal: Journal,
         pools: Pools,
         tracing: "Tracing | None" = None,
@@ -111,6 +115,7 @@ class RunnerService:
         self._feed = feed
         self._spool = spool
         self._reconciler = reconciler
+        self._ownership = ownership
         self._now = now
         self.journal = journal
         self.pools = pools
@@ -190,7 +195,13 @@ class RunnerService:
         if not (await self._store.pool_switches()).get(pool.name, pool.enabled):
             text = f"pool {pool.name} is switched off"
             raise InvalidRequest(text, Fault("/pool", text), code="pool-disabled")
+        if pool.node not in (None, self._settings.node):
+            await self._send_to(pool.node, f"pool {pool.name} belongs to node {pool.node}")
         return pool
+
+    async def _send_to(self, node: str, why: str) -> NoReturn:
+        """Raise Misdirected, with where the replica of a node is reached."""
+        raise Misdirected(why, await self._store.url_of(node))
 
     async def _place(self, slot: Slot, pool: Pool) -> str | None:
         """Find where a slot really is, for pools whose runners work there; on another machine nobody can follow links."""
@@ -222,6 +233,7 @@ class RunnerService:
             slot_id=request.slot.slot_id,
             slot_place=place and f"{self._settings.node if pool.enters_slot else pool.engine}:{place}",
             engine=pool.engine,
+            home=self._ownership.home(pool.engine),
             phase=Phase.STARTING,
             calls=1,
             created_at=now,
@@ -324,7 +336,7 @@ class RunnerService:
         for name in sorted({pool.engine for pool in self.pools.by_name.values()} | self._reconciler.engines().keys()):
             try:
                 found[name] = await look(name)
-            except (LauncherUnavailable, LaunchRejected) as error:
+            except (LauncherUnavailable, LaunchRejected, NotOwner) as error:
                 found[name] = str(error)
         return found
 
@@ -343,7 +355,7 @@ class RunnerService:
             async with asyncio.timeout(LAST_SECONDS):
                 async for data in await self.logs(runner, tail=LAST_LINES, follow=False):
                     last = (last + data)[-LAST_BYTES:]
-        except Unavailable as error:
+        except (Misdirected, Unavailable) as error:
             return [f"(the log cannot be read now: {error})"]
         except TimeoutError:
             return [f"(the log cannot be read now: no answer for {LAST_SECONDS:g} s)"]
@@ -363,6 +375,11 @@ class RunnerService:
 
         Raises Unavailable when its engine does not answer; a log that has begun ends with a line that says so.
         """
+        node = runner.home
+        if runner.cleaned and self._ownership.shared:
+            node = await self._store.log_kept_by(runner.runner_id)
+        if node and node != self._settings.node and self._ownership.shared:
+            await self._send_to(node, f"the log of {runner.runner_id} is at node {node}")
         output = self._output(runner, tail, follow=follow)
         if follow:
             return output
@@ -403,6 +420,8 @@ class RunnerService:
             caller.require(Scope.ADMIN)
         while True:
             runner = await self.get(given, caller)
+            if self._ownership.elsewhere(runner) and runner.home and not force:
+                await self._send_to(runner.home, f"{runner.runner_id} runs on node {runner.home}")
             now = self._now()
             if force and runner.phase is not Phase.FINISHED:
                 text = f"given up by {caller.name}: its engine is gone for good"
@@ -428,7 +447,8 @@ class RunnerService:
             raise RunnerEnded(f"{runner_id} has ended: {runner.reason or 'completed'}")
         await self._store.beat(runner_id, self._now())
         if runner.last_heartbeat is None:
-            self._reconciler.wake(runner_id)  # its deadline counts from here
+            self._reconciler.wake(runner_id)
+            await self._store.hint(runner_id)  # its deadline counts from here
 
     # Pools.
 

@@ -14,8 +14,10 @@ import functools
 import logging
 import queue
 import re
+import secrets
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -25,10 +27,11 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from pydantic import JsonValue, TypeAdapter
 from sqlalchemy import Connection, Engine, Row
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError
 from sqlalchemy.pool import QueuePool
 
-from app.errors import AmbiguousId, ConfigurationError, InvalidRequest, NotFound, PoolFull, SlotBusy, Unavailable
+from app import postgres
+from app.errors import AmbiguousId, ConfigurationError, InvalidRequest, NotFound, NotOwner, PoolFull, SlotBusy, Unavailable
 from app.events import Change, Event
 from app.launcher import LaunchSpec
 from app.pools import Usage
@@ -41,7 +44,10 @@ from app.schema import (
     events,
     history,
     idempotency_keys,
+    installations,
+    leases,
     pool_switches,
+    replicas,
     runner_labels,
     runners,
     specs,
@@ -54,6 +60,12 @@ log = logging.getLogger(__name__)
 BATCH = 500
 READERS = 2
 IDLE_SECONDS = 0.5
+PATIENCE_SECONDS = 10.0
+"""How long a write waits for a database that is restarted."""
+
+START_SECONDS = 2.0
+"""How often a database that is away at the start is tried."""
+
 CANDIDATES = 5
 """How many runners are named to somebody whose short id means more than one."""
 
@@ -119,39 +131,77 @@ class Arrears:
     parked: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """The lease that a write is made under; it is refused once somebody else has taken the lease."""
+
+    key: str
+    generation: int
+
+
 class Store:
     """Runners, their events and specs, idempotency keys and pool switches, in one database."""
 
-    def __init__(self, url: str, publish: Callable[[Sequence[Change]], None]) -> None:
+    def __init__(self, url: str, publish: Callable[[Sequence[Change]], None], replica: str | None = None) -> None:
+        self._replica = replica or secrets.token_hex(6)
+        self._claimed: set[str] = set()  # by this process, which may not be the first of this replica
         self._publish = publish
         self._closed = False
+        self._ended = threading.Event()
+        self._heeding: list[Callable[[str], None]] = []
+        self._told = 0  # the newest revision that was published; shared databases only
+        self._telling = threading.Lock()
         try:
             self._url = sa.make_url(url)
         except ArgumentError:  # whose text may hold a password
             raise ConfigurationError("RUNNER_LAUNCHER_DATABASE_URL: not a database URL, such as sqlite:////PATH") from None
+        self.shared = self._url.get_backend_name() == "postgresql"  # with other services
         self._writes: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, name="store writer", daemon=True)
         self._wiped = True  # also by an earlier service, which may have been killed
         self._readers = ThreadPoolExecutor(READERS, "store reader")
+        self._follower = threading.Thread(target=self._follow, name="store follower", daemon=True)
 
     async def open(self) -> None:
-        """Open the database, brought up to date. Raises ConfigurationError."""
+        """Open the database, brought up to date; waits for a server that is away. Raises ConfigurationError."""
         self._loop = asyncio.get_running_loop()
-        try:
-            await asyncio.to_thread(self._open)
-        except (OSError, DBAPIError) as error:
-            reason = error.orig if isinstance(error, DBAPIError) else error
-            raise ConfigurationError(f"RUNNER_LAUNCHER_DATABASE_URL: {self._url!r} cannot be used: {reason}") from error
+        while True:
+            try:
+                await asyncio.to_thread(self._open)
+            except (OSError, DBAPIError) as error:
+                reason = error.orig if isinstance(error, DBAPIError) else error
+                if not self.shared or not postgres.passes(error):
+                    text = f"RUNNER_LAUNCHER_DATABASE_URL: {self._url!r} cannot be used: {reason}"
+                    raise ConfigurationError(text) from error
+                log.warning("waiting for the database %r: %s", self._url, reason)
+                await asyncio.sleep(START_SECONDS)
+            else:
+                break
         self._writer.start()
+        if self.shared:
+            self._follower.start()
 
     def _open(self) -> None:
+        if self.shared:
+            self._open_shared()
+            return
         path = self._url.database
         if self._url.get_backend_name() != "sqlite" or not path or path == ":memory:":
-            raise ConfigurationError(f"RUNNER_LAUNCHER_DATABASE_URL: only sqlite:///PATH is understood, not {self._url!r}")
+            text = f"only sqlite:///PATH and postgresql://HOST/NAME are understood, not {self._url!r}"
+            raise ConfigurationError(f"RUNNER_LAUNCHER_DATABASE_URL: {text}")
         Path(path).touch(mode=0o600)
         self._write_engine = _sqlite(self._url, readers=0)
         self._read_engine = _sqlite(self._url, readers=READERS)
         _migrate(self._write_engine)
+
+    def _open_shared(self) -> None:
+        if not hasattr(self, "_write_engine"):
+            self._write_engine = postgres.open_engine(self._url, 1, writes=True)
+            self._read_engine = postgres.open_engine(self._url, READERS + 2, writes=False)  # two for the follower
+        _migrate(self._write_engine)
+        with self._read_engine.connect() as connection:
+            self._told = _span(connection)[1]
+        self._wiped = False  # the server sees to what it deleted
 
     async def aclose(self) -> None:
         """Finish the writes that were asked for, and close."""
@@ -159,6 +209,9 @@ class Store:
         if self._writer.is_alive():
             self._writes.put(None)
             await asyncio.to_thread(self._writer.join)
+        if self._follower.is_alive():
+            self._ended.set()
+            await asyncio.to_thread(self._end_follower)
         await asyncio.to_thread(self._readers.shutdown)
         for name in ("_write_engine", "_read_engine"):
             if engine := getattr(self, name, None):
@@ -173,24 +226,34 @@ class Store:
         """
         return await self._write(functools.partial(_intend, intent))
 
-    async def adopt(self, runner: Runner, at: float) -> None:
+    async def adopt(self, runner: Runner, at: float, fence: Fence | None = None) -> None:
         """Record a live runner that an engine holds and nobody knew of. Raises SlotBusy."""
 
         def write(connection: Connection, changes: list[Change]) -> None:
             _check_slot(connection, runner)
             _insert(connection, changes, runner, at=at, event_type="adopted")
 
-        await self._write(write)
+        await self._write(write, fence)
 
-    async def admit(self, runner: Runner, refusal: Callable[[Usage], str | None], now: float) -> bool:
+    async def admit(
+        self, runner: Runner, refusal: Callable[[Usage], str | None], now: float, fence: Fence | None = None
+    ) -> bool:
         """Give a queued runner a place, if there is one and nobody waits before it."""
-        return await self._write(functools.partial(_admit, runner, refusal, now))
+        return await self._write(functools.partial(_admit, runner, refusal, now), fence)
 
     async def change(
-        self, old: Runner, new: Runner, event: str, at: float, data: dict[str, JsonValue] | None = None
+        self,
+        old: Runner,
+        new: Runner,
+        event: str,
+        at: float,
+        data: dict[str, JsonValue] | None = None,
+        *,
+        fence: Fence | None = None,
     ) -> Runner | None:
         """Write a change decided on ``old``; None if the runner has changed since, and then nothing is written."""
-        return await self._write(functools.partial(_change, old=old, new=new, event_type=event, at=at, data=data))
+        change = functools.partial(_change, old=old, new=new, event_type=event, at=at, data=data)
+        return await self._write(change, fence)
 
     async def beat(self, runner_id: str, at: float) -> None:
         """Note a sign of life."""
@@ -201,15 +264,17 @@ class Store:
 
         await self._write(write)
 
-    async def forget_spec(self, runner_id: str) -> None:
+    async def forget_spec(self, runner_id: str, fence: Fence | None = None, log_kept_by: str | None = None) -> None:
         """Wipe a finished runner's secrets: nothing of it is left on its engine."""
 
         def write(connection: Connection, _: list[Change]) -> None:
             connection.execute(sa.delete(specs).where(specs.c.runner_id == runner_id))
-            self._wiped = True
-            connection.execute(sa.update(runners).where(runners.c.runner_id == runner_id).values(cleaned=True))
+            self._wiped = not self.shared
+            connection.execute(
+                sa.update(runners).where(runners.c.runner_id == runner_id).values(cleaned=True, log_kept_by=log_kept_by)
+            )
 
-        await self._write(write)
+        await self._write(write, fence)
 
     async def forget(self, runner_ids: Collection[str]) -> None:
         """Forget ended runners of which nothing is left elsewhere, with their events and keys; leave any others."""
@@ -262,6 +327,57 @@ class Store:
     async def settle_webhook(self, target: str, runner_id: str) -> None:
         """Note that a target is owed nothing of a runner any more."""
         await self._write(lambda connection, _: connection.execute(_arrears_of(target, runner_id)))
+
+    # What replicas that share a database tell each other.
+
+    async def claim(self, keys: Sequence[str], node: str, url: str, seconds: float) -> dict[str, int]:
+        """Take or renew these leases as far as nobody else holds them; gives the generation of each that is ours."""
+
+        def write(connection: Connection, _: list[Change]) -> dict[str, int]:
+            held = _claim(connection, keys, seconds, self._claimed, replica=self._replica, node=node, url=url)
+            self._claimed = set(held)
+            return held
+
+        return await self._write(write)
+
+    async def release(self, word: str) -> None:
+        """Let all leases of this replica run out now, and say so to the others."""
+
+        def write(connection: Connection, _: list[Change]) -> None:
+            connection.execute(sa.update(leases).where(leases.c.replica == self._replica).values(expires_at=0))
+            postgres.notify(connection, word)
+
+        await self._write(write)
+
+    async def hint(self, text: str) -> None:
+        """Tell all replicas something short, which they may miss; nothing where nobody shares this database."""
+        if self.shared:
+            await self._write(lambda connection, _: postgres.notify(connection, text))
+
+    def heed(self, listener: Callable[[str], None]) -> None:
+        """Call this on the event loop with what replicas hint."""
+        self._heeding.append(listener)
+
+    async def url_of(self, node: str) -> str | None:
+        """Say where the replica of a node is, or was last, reached."""
+        query = sa.select(leases.c.url).where(leases.c.key == f"node {node}")
+        return await self._read(lambda connection: connection.execute(query).scalar())
+
+    async def log_kept_by(self, runner_id: str) -> str | None:
+        """Name the node that kept a runner's log; None while nobody has."""
+        query = sa.select(runners.c.log_kept_by).where(runners.c.runner_id == runner_id)
+        return await self._read(lambda connection: connection.execute(query).scalar())
+
+    async def installation(self, name: str) -> str:
+        """Give the name that the first replica brought; that is this one's own where nobody shares the database."""
+
+        def write(connection: Connection, _: list[Change]) -> str:
+            known: str | None = connection.execute(sa.select(installations.c.name)).scalar()
+            if known is None:
+                connection.execute(sa.insert(installations).values(id=1, name=name))
+            return known or name
+
+        return await self._write(write) if self.shared else name
 
     # Reads.
 
@@ -331,13 +447,7 @@ class Store:
 
         Of what lies before, only the events of runners that are still known are kept.
         """
-
-        def read(connection: Connection) -> tuple[int, int]:
-            forgotten = connection.execute(sa.select(history.c.forgotten).where(history.c.id == 1)).scalar_one()
-            newest = connection.execute(sa.select(sa.func.max(events.c.revision))).scalar()
-            return forgotten + 1, max(forgotten, newest or 0)
-
-        return await self._read(read)
+        return await self._read(_span)
 
     async def events(self, after: int, limit: int) -> list[tuple[Event, str, str]]:
         """Give the next events of all runners behind a revision, each with its runner's task_id and pool_name."""
@@ -363,7 +473,7 @@ class Store:
         """Give what is in use, by pool; a pool that is not named has nothing in use."""
         query = _usage().add_columns(runners.c.pool_name).group_by(runners.c.pool_name)
         rows = await self._read(lambda connection: connection.execute(query).all())
-        return {row.pool_name: Usage(runners=row.runners, cpu=row.cpu, memory_mib=row.memory_mib) for row in rows}
+        return {row.pool_name: _usage_of(row) for row in rows}
 
     async def queue_lengths(self) -> dict[str, int]:
         """Give how many launches wait, by pool; a pool that is not named has none."""
@@ -384,12 +494,22 @@ class Store:
             with self._read_engine.connect() as connection:
                 return query(connection)
 
+        def read_again() -> T:
+            try:
+                return read()
+            except DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+            return read()  # the server was restarted since this connection was last used
+
         try:
-            return await self._loop.run_in_executor(self._readers, read)
+            return await self._loop.run_in_executor(self._readers, read_again if self.shared else read)
         except DBAPIError as error:
             raise Unavailable(f"the store cannot be read: {error.orig}", code="store-unavailable") from error
 
-    async def _write(self, write: Write[T]) -> T:
+    async def _write(self, write: Write[T], fence: Fence | None = None) -> T:
+        if fence:
+            write = functools.partial(_fenced, fence, write)
         if self._closed:
             raise Unavailable("the store is closed", code="store-unavailable")
         pending = _Pending(write, self._loop.create_future())
@@ -425,16 +545,87 @@ class Store:
 
     def _commit(self, batch: list["_Pending"]) -> None:
         changes: list[Change] = []
-        try:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                changes = self._transact(batch, deadline)
+            except DBAPIError as error:
+                if self.shared and postgres.passes(error) and time.monotonic() < deadline and not self._ended.is_set():
+                    time.sleep(postgres.RECONNECT_SECONDS)
+                    continue  # nothing of it was committed
+                log.exception("the store refused a write")
+                for pending in batch:
+                    pending.error = Unavailable(f"the store refused the write: {error.orig}", code="store-unavailable")
+            break
+        if self.shared:
+            changes = []  # told with those of others, in their order
+            self._tell()
+        self._loop.call_soon_threadsafe(self._resolve, batch, changes)
+
+    def _transact(self, batch: list["_Pending"], deadline: float) -> list[Change]:
+        """Commit a batch; an error says that nothing of it is committed, or after the deadline that nobody knows."""
+        changes: list[Change] = []
+        if not self.shared:
             with self._write_engine.begin() as connection:
                 for pending in batch:
                     pending.run(connection, changes)
-        except DBAPIError as error:
-            log.exception("the store refused a write")
-            changes = []
+            return changes
+        with self._write_engine.connect() as connection:
+            transaction = connection.begin()
             for pending in batch:
-                pending.error = Unavailable(f"the store refused the write: {error.orig}", code="store-unavailable")
-        self._loop.call_soon_threadsafe(self._resolve, batch, changes)
+                pending.run(connection, changes)
+            name = secrets.token_hex(8)
+            _name_batch(connection, self._replica, name)
+            postgres.notify(connection)
+            try:
+                transaction.commit()
+            except DBAPIError:
+                connection.invalidate()
+                if not self._committed(name, deadline):
+                    raise
+        return changes
+
+    def _committed(self, name: str, deadline: float) -> bool:
+        """Find out what became of a batch whose commit was not answered. Raises DBAPIError if nobody can say in time.
+
+        Reading waits for the lock of writers, so the transaction is over by then: it held the lock.
+        """
+        query = sa.select(replicas.c.last_batch).where(replicas.c.replica == self._replica)
+        while True:
+            try:
+                with self._write_engine.connect() as connection:
+                    return connection.execute(query).scalar() == name
+            except DBAPIError as error:
+                if not postgres.passes(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(postgres.RECONNECT_SECONDS)
+
+    # News of a database that others write to as well.
+
+    def _end_follower(self) -> None:
+        with contextlib.suppress(DBAPIError), self._write_engine.begin() as connection:
+            postgres.notify(connection)  # it need not wait for its next look
+        self._follower.join()
+
+    def _follow(self) -> None:
+        postgres.follow(self._read_engine, self._hear, self._ended)
+
+    def _hear(self, text: str) -> None:
+        self._tell()
+        for listener in self._heeding if text else ():
+            self._loop.call_soon_threadsafe(listener, text)
+
+    def _tell(self) -> None:
+        """Publish what was committed, by whomever, since this was last done; a database that is away is asked later."""
+        with self._telling, contextlib.suppress(DBAPIError):
+            while True:
+                with self._read_engine.connect() as connection:
+                    changes = _news(connection, self._told)
+                if changes:
+                    self._told = changes[-1].event.revision
+                    self._loop.call_soon_threadsafe(self._publish, changes)
+                if len(changes) < BATCH:
+                    return
 
     def _resolve(self, batch: list["_Pending"], changes: list[Change]) -> None:
         try:
@@ -455,10 +646,14 @@ class _Pending:
 
     def run(self, connection: Connection, changes: list[Change]) -> None:
         made: list[Change] = []
+        self.error = None
         try:
             with connection.begin_nested():
                 self.result = self.write(connection, made)
-        except IntegrityError as error:  # this write's own fault; any other error of the database fails the whole batch
+        except (
+            IntegrityError,
+            DataError,
+        ) as error:  # this write's own fault; any other error of the database fails the whole batch
             self.error = error
         except DBAPIError:
             raise
@@ -642,6 +837,55 @@ def _change(
     return new
 
 
+def _fenced(fence: Fence, write: Write[T], connection: Connection, changes: list[Change]) -> T:
+    generation = connection.execute(sa.select(leases.c.generation).where(leases.c.key == fence.key)).scalar()
+    if generation != fence.generation:
+        raise NotOwner(f"another replica owns {fence.key}")
+    return write(connection, changes)
+
+
+def _claim(
+    connection: Connection, keys: Sequence[str], seconds: float, claimed: Collection[str], **owner: str
+) -> dict[str, int]:
+    """Take leases that ran out or are ours; the generation rises unless it is this process that renews."""
+    now = float(connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())").scalar_one())
+    known = {row.key: row for row in connection.execute(sa.select(leases).where(leases.c.key.in_(keys)))}
+    held = {}
+    for key in keys:
+        row = known.get(key)
+        ours = row is not None and row.replica == owner["replica"]
+        if row and not ours and row.expires_at > now:
+            continue
+        held[key] = row.generation + (not (ours and key in claimed)) if row else 1
+        facts = {"generation": held[key], "expires_at": now + seconds, **owner}
+        if row:
+            connection.execute(sa.update(leases).where(leases.c.key == key).values(facts))
+        else:
+            connection.execute(sa.insert(leases).values(key=key, **facts))
+    return held
+
+
+def _name_batch(connection: Connection, replica: str, name: str) -> None:
+    mine = sa.update(replicas).where(replicas.c.replica == replica).values(last_batch=name)
+    if not connection.execute(mine).rowcount:
+        connection.execute(sa.insert(replicas).values(replica=replica, last_batch=name))
+
+
+def _span(connection: Connection) -> tuple[int, int]:
+    forgotten = connection.execute(sa.select(history.c.forgotten).where(history.c.id == 1)).scalar_one()
+    newest = connection.execute(sa.select(sa.func.max(events.c.revision))).scalar()
+    return forgotten + 1, max(forgotten, newest or 0)
+
+
+def _news(connection: Connection, after: int) -> list[Change]:
+    """Read the next changes behind a revision, each with its runner as it now is."""
+    columns = (runners.c.body, runners.c.revision, runners.c.last_heartbeat, runners.c.cleaned)
+    query = sa.select(*columns, events.c.revision.label("event_revision"), events.c.body.label("event"))
+    query = query.join(events, runners.c.runner_id == events.c.runner_id)
+    rows = connection.execute(query.where(events.c.revision > after).order_by(events.c.revision).limit(BATCH)).all()
+    return [Change(_load(row), replace(_event.validate_json(row.event), revision=row.event_revision)) for row in rows]
+
+
 def _outdated(
     connection: Connection,
     ended_before: float | None,
@@ -769,9 +1013,13 @@ def _usage() -> sa.Select[Any]:
     ).where(LIVE, runners.c.phase.in_(PLACED))
 
 
+def _usage_of(row: Row[Any]) -> Usage:
+    return Usage(runners=row.runners, cpu=row.cpu, memory_mib=int(row.memory_mib))  # PostgreSQL sums to a decimal
+
+
 def _pool_usage(connection: Connection, pool_name: str) -> Usage:
     row = connection.execute(_usage().where(runners.c.pool_name == pool_name)).one()
-    return Usage(runners=row.runners, cpu=row.cpu, memory_mib=row.memory_mib)
+    return _usage_of(row)
 
 
 def _count(connection: Connection, pool_name: str, phase: Phase) -> int:
@@ -786,7 +1034,7 @@ def _whole() -> sa.Select[Any]:
 _BY_ID = _whole().where(runners.c.runner_id == sa.bindparam("id"))  # built once: building it takes longer than asking
 
 
-def _load(row: Row[Any]) -> Runner:
+def _load(row: Any) -> Runner:  # noqa: ANN401 - a row with these four and more
     runner = _runner.validate_json(row.body)
     return replace(runner, revision=row.revision, last_heartbeat=row.last_heartbeat, cleaned=row.cleaned)
 

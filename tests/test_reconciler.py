@@ -26,11 +26,12 @@ from app.events import Change, Feed
 from app.launcher import Exit, Handle, LaunchSpec, Running
 from app.launchers.fake import FakeLauncher, FakeWorld
 from app.logs import Spool
+from app.ownership import Ownership
 from app.pools import Pool
 from app.reason import Reason
 from app.reconciler import RESYNC_SECONDS, STALE_SECONDS, SWEEP_SECONDS, Reconciler
 from app.runner import Phase, Policy, Runner, State, finished, identity, stop_asked
-from app.store import Intent, Store, Write
+from app.store import Fence, Intent, Store, Write
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -86,10 +87,10 @@ class WatchedStore(Store):
     writing = 0
 
     @override
-    async def _write(self, write: Write[T]) -> T:
+    async def _write(self, write: Write[T], fence: Fence | None = None) -> T:
         self.writing += 1
         try:
-            return await super()._write(write)
+            return await super()._write(write, fence)
         finally:
             self.writing -= 1
 
@@ -130,6 +131,7 @@ class House:
             self.store,
             self.feed,
             self.spool,
+            ownership=Ownership(self.store, node="node", url=""),
             open_launcher=lambda _: self.open_launcher(self.world),
             pools=lambda: self.pools,
             now=self.loop.time,

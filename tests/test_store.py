@@ -1,4 +1,7 @@
-"""The store on a real SQLite file: what is written together, what is refused, and what is read without reading it all."""
+"""The store, on a real SQLite file and a real PostgreSQL server alike.
+
+What is written together, what is refused, and what is read without reading it all.
+"""
 
 import asyncio
 import contextlib
@@ -6,9 +9,9 @@ import sqlite3
 import stat
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +69,35 @@ def intent(runner: Runner, **wishes: Any) -> Intent:  # noqa: ANN401 - the field
     return Intent(runner=runner, spec=SPEC, **{**known, **wishes})
 
 
+@dataclass(frozen=True)
+class Database:
+    """A database, and a look behind the store's back."""
+
+    url: str
+
+    def rows(self, query: str) -> list[Any]:
+        with self.engine() as engine, engine.begin() as connection:
+            result = connection.exec_driver_sql(query)
+            return [tuple(row) for row in result] if result.returns_rows else []
+
+    @contextlib.contextmanager
+    def engine(self) -> Iterator[sa.Engine]:
+        engine = sa.create_engine(self.url.replace("postgresql:", "postgresql+psycopg:"), poolclass=sa.NullPool)
+        yield engine
+        engine.dispose()
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "runners.db"
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database(request: pytest.FixtureRequest, path: Path) -> Database:
+    return Database(f"sqlite:///{path}" if request.param == "sqlite" else request.getfixturevalue("postgres"))
+
+
+on_sqlite = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
@@ -78,14 +107,14 @@ def published() -> list[Change]:
 
 
 @pytest.fixture
-async def store(path: Path, published: list[Change]) -> AsyncIterator[Store]:
-    async with opened(path, published.extend) as store:
+async def store(database: Database, published: list[Change]) -> AsyncIterator[Store]:
+    async with opened(database, published.extend) as store:
         yield store
 
 
 @contextlib.asynccontextmanager
-async def opened(path: Path, publish: Callable[..., None] = lambda _: None) -> AsyncIterator[Store]:
-    store = Store(f"sqlite:///{path}", publish)
+async def opened(database: Database, publish: Callable[..., None] = lambda _: None) -> AsyncIterator[Store]:
+    store = Store(database.url, publish)
     await store.open()
     try:
         yield store
@@ -128,14 +157,13 @@ async def batched(store: Store) -> AsyncIterator[None]:
     assert len(commits) == 2
 
 
-def rows(path: Path, query: str) -> list[Any]:
-    """Read the file behind the store's back."""
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        return connection.execute(query).fetchall()
+def rows(database: Database, query: str) -> list[Any]:
+    """Read the tables behind the store's back."""
+    return database.rows(query)
 
 
-def count(path: Path, table: str) -> int:
-    number: int = rows(path, f"SELECT count(*) FROM {table}")[0][0]  # noqa: S608 - a name of ours
+def count(database: Database, table: str) -> int:
+    number: int = rows(database, f"SELECT count(*) FROM {table}")[0][0]  # noqa: S608 - a name of ours
     return number
 
 
@@ -143,7 +171,7 @@ def count(path: Path, table: str) -> int:
 
 
 async def test_an_intent_is_a_runner_its_specification_and_its_first_event(
-    store: Store, path: Path, published: list[Change]
+    store: Store, database: Database, published: list[Change]
 ) -> None:
     runner, replayed = await store.intend(intent(make()))
     assert not replayed
@@ -153,7 +181,7 @@ async def test_an_intent_is_a_runner_its_specification_and_its_first_event(
     assert (event.type, event.from_phase, event.to_phase, event.at) == ("accepted", None, Phase.STARTING, T + 1)
     assert event.revision == runner.revision
     assert published == [Change(runner, event)]
-    assert [count(path, table) for table in ("runners", "specs", "events", "idempotency_keys")] == [1, 1, 1, 0]
+    assert [count(database, table) for table in ("runners", "specs", "events", "idempotency_keys")] == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -168,32 +196,32 @@ async def test_an_intent_is_a_runner_its_specification_and_its_first_event(
 )
 @pytest.mark.parametrize("phase", [Phase.QUEUED, Phase.STARTING, Phase.RUNNING, Phase.STOPPING])
 async def test_a_slot_has_one_live_runner_and_a_second_is_told_who_holds_it(
-    store: Store, path: Path, second: dict[str, Any], phase: Phase
+    store: Store, database: Database, second: dict[str, Any], phase: Phase
 ) -> None:
     first = await add(store)
     holder = await store.change(first, replace(first, phase=phase), "moved", T)
     with pytest.raises(SlotBusy) as refusal:
         await add(store, 2, **second)
     assert refusal.value.holder == holder
-    assert count(path, "runners") == count(path, "specs") == 1
+    assert count(database, "runners") == count(database, "specs") == 1
     await end(store, refusal.value.holder)
     await add(store, 3, **second)
 
 
-async def test_slots_elsewhere_and_runners_without_a_place_are_no_hindrance(store: Store, path: Path) -> None:
+async def test_slots_elsewhere_and_runners_without_a_place_are_no_hindrance(store: Store, database: Database) -> None:
     await add(store, 1)
     await add(store, 2, slot_place="other-node:/slots/1")
     await add(store, 3, slot_place=None)
     await add(store, 4, slot_place=None)
-    assert count(path, "runners") == 4
+    assert count(database, "runners") == 4
 
 
-async def test_a_full_pool_refuses_and_says_why(store: Store, path: Path) -> None:
+async def test_a_full_pool_refuses_and_says_why(store: Store, database: Database) -> None:
     for number in (1, 2):
         await store.intend(intent(make(number), refusal=room_for(2)))
     with pytest.raises(PoolFull, match="2 of 2 places are taken"):
         await store.intend(intent(make(3), refusal=room_for(2)))
-    assert count(path, "runners") == count(path, "events") == 2
+    assert count(database, "runners") == count(database, "events") == 2
 
 
 async def test_a_pools_use_is_what_its_placed_runners_hold_together(store: Store) -> None:
@@ -245,12 +273,12 @@ async def test_only_the_first_in_the_queue_is_admitted_and_only_if_there_is_room
 # Idempotency keys.
 
 
-async def test_the_same_request_under_the_same_key_finds_the_runner_as_it_now_is(store: Store, path: Path) -> None:
+async def test_the_same_request_under_the_same_key_finds_the_runner_as_it_now_is(store: Store, database: Database) -> None:
     runner, _ = await store.intend(intent(make(1), key="k"))
     ended = await end(store, runner)
     assert await store.intend(intent(make(2), key="k")) == (ended, True)
     assert await store.replayed("ann", "k", "body") == ended
-    assert count(path, "runners") == 1
+    assert count(database, "runners") == 1
 
 
 async def test_another_request_under_a_used_key_is_refused(store: Store) -> None:
@@ -281,18 +309,18 @@ async def test_a_refused_request_does_not_use_its_key_up(store: Store) -> None:
     assert (runner.runner_id, replayed) == (make(3).runner_id, False)
 
 
-async def test_many_at_once_under_one_key_make_one_runner(store: Store, path: Path) -> None:
+async def test_many_at_once_under_one_key_make_one_runner(store: Store, database: Database) -> None:
     answers = await asyncio.gather(*[store.intend(intent(make(number), key="k")) for number in range(50)])
     assert len({runner.runner_id for runner, _ in answers}) == 1
     assert sorted(replayed for _, replayed in answers) == [False] + [True] * 49
-    assert [count(path, table) for table in ("runners", "specs", "events", "idempotency_keys")] == [1] * 4
+    assert [count(database, table) for table in ("runners", "specs", "events", "idempotency_keys")] == [1] * 4
 
 
-async def test_many_at_once_for_one_slot_make_one_runner(store: Store, path: Path) -> None:
+async def test_many_at_once_for_one_slot_make_one_runner(store: Store, database: Database) -> None:
     tries = [store.intend(intent(make(number, slot_place="node:/same"))) for number in range(50)]
     answers = await asyncio.gather(*tries, return_exceptions=True)
     assert sum(isinstance(answer, SlotBusy) for answer in answers) == 49
-    assert count(path, "runners") == 1
+    assert count(database, "runners") == 1
 
 
 async def test_many_at_once_fill_a_pool_and_no_more(store: Store) -> None:
@@ -319,33 +347,33 @@ async def test_a_change_is_written_with_its_event_and_told(store: Store, publish
 
 
 async def test_a_change_decided_on_an_old_revision_writes_and_tells_nothing(
-    store: Store, path: Path, published: list[Change]
+    store: Store, database: Database, published: list[Change]
 ) -> None:
     old = await add(store)
     new = await store.change(old, replace(old, phase=Phase.RUNNING), "running", T)
     told = list(published)
     assert await store.change(old, finished(old, Reason.LOST, "", T), "finished", T) is None
     assert await store.get(old.runner_id) == new
-    assert count(path, "events") == 2
+    assert count(database, "events") == 2
     assert published == told
 
 
-async def test_of_many_changes_decided_on_the_same_revision_one_is_written(store: Store, path: Path) -> None:
+async def test_of_many_changes_decided_on_the_same_revision_one_is_written(store: Store, database: Database) -> None:
     old = await add(store)
     wishes = [replace(old, message=str(number)) for number in range(30)]
     answers = await asyncio.gather(*[store.change(old, wish, "changed", T) for wish in wishes])
     (winner,) = filter(None, answers)
     assert await store.get(old.runner_id) == winner
-    assert count(path, "events") == 2
+    assert count(database, "events") == 2
 
 
-async def test_a_change_of_a_runner_that_is_not_there_writes_nothing(store: Store, path: Path) -> None:
+async def test_a_change_of_a_runner_that_is_not_there_writes_nothing(store: Store, database: Database) -> None:
     assert await store.change(make(9), make(9), "changed", T) is None
-    assert count(path, "events") == 0
+    assert count(database, "events") == 0
 
 
 async def test_every_revision_is_an_event_and_events_are_told_in_their_order(
-    store: Store, path: Path, published: list[Change]
+    store: Store, database: Database, published: list[Change]
 ) -> None:
     async def live(number: int) -> None:
         runner: Runner | None = await add(store, number)
@@ -355,7 +383,9 @@ async def test_every_revision_is_an_event_and_events_are_told_in_their_order(
 
     await asyncio.gather(*[live(number) for number in range(20)])
     revisions = [change.event.revision for change in published]
-    assert revisions == sorted(set(revisions)) == [row[0] for row in rows(path, "SELECT revision FROM events ORDER BY 1")]
+    assert (
+        revisions == sorted(set(revisions)) == [row[0] for row in rows(database, "SELECT revision FROM events ORDER BY 1")]
+    )
     assert len(revisions) == 20 * 11
     assert all(change.runner.revision == change.event.revision for change in published)
     for number in range(20):
@@ -363,19 +393,19 @@ async def test_every_revision_is_an_event_and_events_are_told_in_their_order(
         assert (await store.get(make(number).runner_id)).revision == history[-1].revision
 
 
-async def test_a_change_is_told_only_once_it_is_committed(path: Path) -> None:
+async def test_a_change_is_told_only_once_it_is_committed(database: Database) -> None:
     seen: list[bool] = []
     with ThreadPoolExecutor(1) as reader:
         reader.submit(time.sleep, 0).result()
 
         def look(changes: list[Change]) -> None:
-            reading = reader.submit(rows, path, "SELECT revision FROM events")
+            reading = reader.submit(rows, database, "SELECT revision FROM events")
             while not reading.done():  # no lock may be waited for on the event loop
                 pass
             known = {row[0] for row in reading.result()}
             seen.extend(change.event.revision in known for change in changes)
 
-        async with opened(path, look) as store:
+        async with opened(database, look) as store:
             runners = await asyncio.gather(*[add(store, number) for number in range(10)])
             await asyncio.gather(*[end(store, runner) for runner in runners])
     assert seen == [True] * 20
@@ -389,18 +419,18 @@ async def test_a_caller_hears_of_its_write_after_everyone_was_told(store: Store,
 # Many writes, one commit.
 
 
-async def test_a_write_that_is_refused_does_not_harm_those_committed_with_it(store: Store, path: Path) -> None:
+async def test_a_write_that_is_refused_does_not_harm_those_committed_with_it(store: Store, database: Database) -> None:
     async with batched(store):
         before, refused, after = await asyncio.gather(
             add(store, 1), add(store, 2, slot_id="slot-1"), add(store, 3), return_exceptions=True
         )
     assert isinstance(refused, SlotBusy)
     assert [before, after] == [await store.get(make(number).runner_id) for number in (1, 3)]
-    assert count(path, "events") == 2
+    assert count(database, "events") == 2
 
 
 async def test_a_write_that_breaks_does_not_harm_those_committed_with_it(
-    store: Store, path: Path, published: list[Change]
+    store: Store, database: Database, published: list[Change]
 ) -> None:
     def defect(*_: object) -> None:
         raise ZeroDivisionError
@@ -411,11 +441,11 @@ async def test_a_write_that_breaks_does_not_harm_those_committed_with_it(
         )
     assert isinstance(broken, ZeroDivisionError)
     assert [change.runner for change in published] == [before, after]
-    assert count(path, "runners") == 2
+    assert count(database, "runners") == 2
 
 
 async def test_a_write_that_breaks_a_rule_of_the_tables_is_undone_alone(
-    store: Store, path: Path, published: list[Change]
+    store: Store, database: Database, published: list[Change]
 ) -> None:
     await add(store, 1)
     same_id = make(2, runner_id=make(1).runner_id)
@@ -425,18 +455,15 @@ async def test_a_write_that_breaks_a_rule_of_the_tables_is_undone_alone(
         )
     assert isinstance(broken, Exception)
     assert [change.runner for change in published[1:]] == [before, after]
-    assert count(path, "runners") == count(path, "events") == 3
+    assert count(database, "runners") == count(database, "events") == 3
 
 
-async def test_the_tables_guard_the_slots_even_against_us(path: Path, store: Store) -> None:
+async def test_the_tables_guard_the_slots_even_against_us(database: Database, store: Store) -> None:
     first = await add(store, 1)
     second = await add(store, 2)
     for column, value in (("slot_id", first.slot_id), ("slot_place", first.slot_place)):
-        with contextlib.closing(sqlite3.connect(path)) as connection, pytest.raises(sqlite3.IntegrityError):
-            connection.execute(
-                f"UPDATE runners SET {column} = ? WHERE runner_id = ?",  # noqa: S608 - names of ours
-                (value, second.runner_id),
-            )
+        with pytest.raises(sa.exc.IntegrityError):
+            rows(database, f"UPDATE runners SET {column} = '{value}' WHERE runner_id = '{second.runner_id}'")  # noqa: S608
 
 
 async def test_a_write_whose_caller_went_away_still_happens(store: Store, published: list[Change]) -> None:
@@ -461,34 +488,35 @@ async def test_a_refusal_whose_caller_went_away_troubles_nobody(store: Store) ->
         await caller
 
 
-async def test_closing_finishes_the_writes_that_were_asked_for(path: Path) -> None:
-    async with opened(path) as store:
+async def test_closing_finishes_the_writes_that_were_asked_for(database: Database) -> None:
+    async with opened(database) as store:
         writes = [asyncio.create_task(add(store, number)) for number in range(20)]
         await asyncio.sleep(0)
     assert len(await asyncio.gather(*writes)) == 20
-    assert count(path, "runners") == 20
+    assert count(database, "runners") == 20
 
 
-async def test_a_write_after_closing_is_refused_at_once(path: Path) -> None:
-    async with opened(path) as store:
+async def test_a_write_after_closing_is_refused_at_once(database: Database) -> None:
+    async with opened(database) as store:
         await add(store)
     with pytest.raises(Unavailable):
         async with asyncio.timeout(8):
             await add(store, 2)
 
 
+@on_sqlite
 async def test_a_full_disk_refuses_the_intent_and_the_store_recovers(
-    store: Store, path: Path, published: list[Change]
+    store: Store, database: Database, published: list[Change]
 ) -> None:
     await add(store, 1)
-    before = count(path, "events")
-    pages = rows(path, "PRAGMA page_count")[0][0]
+    before = count(database, "events")
+    pages = rows(database, "PRAGMA page_count")[0][0]
     await limit_pages(store, pages)
     large = replace(SPEC, context=b"x" * 500_000)
     with pytest.raises(Unavailable) as refusal:
         await store.intend(replace(intent(make(2), key="k"), spec=large))
     assert refusal.value.code == "store-unavailable"
-    assert (len(published), count(path, "events"), count(path, "runners")) == (1, before, 1)
+    assert (len(published), count(database, "events"), count(database, "runners")) == (1, before, 1)
     await limit_pages(store, 100_000)
     runner, replayed = await store.intend(replace(intent(make(2), key="k"), spec=large))
     assert not replayed
@@ -508,12 +536,12 @@ async def limit_pages(store: Store, pages: int) -> None:
 
 
 async def test_a_sign_of_life_changes_no_revision_and_is_not_undone_by_a_change_decided_before(
-    store: Store, path: Path
+    store: Store, database: Database
 ) -> None:
     old = await add(store)
     await store.beat(old.runner_id, T + 7)
     assert await store.get(old.runner_id) == replace(old, last_heartbeat=T + 7)
-    assert count(path, "events") == 1
+    assert count(database, "events") == 1
     changed = await store.change(old, replace(old, phase=Phase.RUNNING), "running", T + 8)
     assert changed
     assert changed == await store.get(old.runner_id)
@@ -523,13 +551,14 @@ async def test_a_sign_of_life_changes_no_revision_and_is_not_undone_by_a_change_
     assert await store.get(old.runner_id) == ended
 
 
-async def test_forgetting_wipes_the_secrets_from_the_file_and_stays_so(store: Store, path: Path) -> None:
+@on_sqlite
+async def test_forgetting_wipes_the_secrets_from_the_file_and_stays_so(store: Store, path: Path, database: Database) -> None:
     runner = await end(store, await add(store))
     await store.forget_spec(runner.runner_id)
     assert await store.spec(runner.runner_id) is None
     assert await store.get(runner.runner_id) == replace(runner, cleaned=True)
     assert await store.unclean() == []
-    assert count(path, "specs") == 0
+    assert count(database, "specs") == 0
     await store.change(runner, replace(runner, message="late"), "late", T)
     assert (await store.get(runner.runner_id)).cleaned
     await store.aclose()
@@ -544,7 +573,7 @@ async def test_a_pool_stays_as_it_was_switched(store: Store) -> None:
         assert await store.pool_switches() == {"local": enabled}
 
 
-async def test_everything_about_a_runner_survives_a_restart_to_the_letter(path: Path) -> None:
+async def test_everything_about_a_runner_survives_a_restart_to_the_letter(database: Database) -> None:
     whole = make(
         labels={"team": "家", "": "\n"},
         cpu=0.1 + 0.2,
@@ -573,10 +602,10 @@ async def test_everything_about_a_runner_survives_a_restart_to_the_letter(path: 
     spec = replace(
         SPEC, context='{"task_title": "家 🚀 \\u0000"}'.encode(), options={"a": [1, 2.5, None, {"b": "ü"}]}, cpu=0.5
     )
-    async with opened(path) as store:
+    async with opened(database) as store:
         runner, _ = await store.intend(replace(intent(whole), spec=spec))
         ended = await end(store, runner, Reason.EVICTED)
-    async with opened(path) as store:
+    async with opened(database) as store:
         assert await store.get(whole.runner_id) == ended
         assert replace(ended, phase=whole.phase, reason=None, finished_at=None, revision=0) == whole
         assert await store.spec(whole.runner_id) == spec
@@ -725,6 +754,7 @@ QUERIES: dict[str, Callable[[Store, Runner, Runner], Awaitable[object]]] = {
 }
 
 
+@on_sqlite
 @pytest.mark.parametrize("name", QUERIES)
 async def test_no_query_reads_through_the_runners_of_the_past(store: Store, path: Path, name: str) -> None:
     """Watch the SQL of a call, ask SQLite how it would run it, and count the steps it takes among many ended runners."""
@@ -799,6 +829,7 @@ def explain(connection: sqlite3.Connection, statement: str, parameters: tuple[An
 # The file.
 
 
+@on_sqlite
 async def test_a_commit_is_on_the_disk_and_readers_do_not_wait_for_it(store: Store) -> None:
     def pragmas(connection: sa.Connection, *_: object) -> list[object]:
         names = ("journal_mode", "synchronous", "secure_delete")
@@ -812,12 +843,14 @@ async def test_readers_cannot_write(store: Store) -> None:
         await store._read(lambda connection: connection.exec_driver_sql("DELETE FROM runners"))
 
 
+@on_sqlite
 async def test_nobody_else_may_read_the_file(store: Store, path: Path) -> None:
     await add(store)
     for file in path.parent.glob("runners.db*"):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
 
 
+@on_sqlite
 async def test_the_migrations_make_the_tables_of_the_code(store: Store, path: Path, tmp_path: Path) -> None:
     await add(store)
     engine = sa.create_engine(f"sqlite:///{path}")
@@ -828,20 +861,32 @@ async def test_the_migrations_make_the_tables_of_the_code(store: Store, path: Pa
     metadata.create_all(fresh)
     fresh.dispose()
     for file in (path, tmp_path / "fresh.db"):
-        assert "AUTOINCREMENT" in str(rows(file, "SELECT sql FROM sqlite_master WHERE name = 'events'"))
+        assert "AUTOINCREMENT" in str(
+            rows(Database(f"sqlite:///{file}"), "SELECT sql FROM sqlite_master WHERE name = 'events'")
+        )
     assert indexes(path) == indexes(tmp_path / "fresh.db")
 
 
-async def test_labels_of_before_there_was_a_table_of_them_are_found(path: Path) -> None:
-    async with opened(path) as store:
+@on_sqlite
+async def test_labels_of_before_there_was_a_table_of_them_are_found(path: Path, database: Database) -> None:
+    async with opened(database) as store:
         await add(store, 1, labels={"team": "core"})
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        for name in ("runner_labels", "history", "webhook_targets", "webhook_arrears"):
+        for name in (
+            "runner_labels",
+            "history",
+            "webhook_targets",
+            "webhook_arrears",
+            "replicas",
+            "leases",
+            "installations",
+        ):
             connection.execute(f"DROP TABLE {name}")
         connection.execute("DROP INDEX idempotency_keys_runner")
+        connection.execute("ALTER TABLE runners DROP COLUMN log_kept_by")
         connection.execute("UPDATE alembic_version SET version_num = '0001'")
         connection.commit()
-    async with opened(path) as store:
+    async with opened(database) as store:
         page, _ = await store.page(Filter(labels=(("team", "core"),)))
         assert [runner.runner_id for runner in page] == [make(1).runner_id]
 
@@ -862,29 +907,29 @@ async def changed(store: Store, old: Runner, new: Runner) -> Runner:
 
 
 def indexes(path: Path) -> set[tuple[str, str]]:
-    return set(rows(path, "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL"))
+    return set(
+        rows(Database(f"sqlite:///{path}"), "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL")
+    )
 
 
-async def test_the_newest_migration_is_the_one_the_code_expects(store: Store, path: Path) -> None:
+async def test_the_newest_migration_is_the_one_the_code_expects(store: Store, database: Database) -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(app.__file__).with_name("migrations")))
     assert ScriptDirectory.from_config(config).get_heads() == [HEAD]
-    assert rows(path, "SELECT version_num FROM alembic_version") == [(HEAD,)]
+    assert rows(database, "SELECT version_num FROM alembic_version") == [(HEAD,)]
     await add(store)
 
 
-async def test_a_database_of_a_newer_version_is_refused_and_left_alone(path: Path) -> None:
-    async with opened(path) as store:
+async def test_a_database_of_a_newer_version_is_refused_and_left_alone(database: Database) -> None:
+    async with opened(database) as store:
         await add(store)
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '9999'")
-        connection.commit()
-    store = Store(f"sqlite:///{path}", lambda _: None)
+    rows(database, "UPDATE alembic_version SET version_num = '9999'")
+    store = Store(database.url, lambda _: None)
     with pytest.raises(ConfigurationError, match="newer version"):
         await store.open()
     await store.aclose()
-    assert rows(path, "SELECT version_num FROM alembic_version") == [("9999",)]
-    assert count(path, "runners") == 1
+    assert rows(database, "SELECT version_num FROM alembic_version") == [("9999",)]
+    assert count(database, "runners") == 1
 
 
 async def test_what_is_no_database_is_refused_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,6 +227,7 @@ REFUSALS = {
     409: ("slot-busy", f"slot example-slot1 is held by {_ID}, which is running"),
     410: ("history-gone", "what followed revision 7 is no longer kept; the oldest is 1000"),
     413: ("context-too-large", "the task context is 1200000 bytes long, and 1000000 is the most"),
+    421: ("other-node", "pool builds belongs to node replica-1; ask http://replica-1:8080"),
     422: ("invalid", "/task/id: Field required"),
     429: ("pool-full", "pool local holds 4 runners, and its max_concurrency is 4"),
     502: ("engine-nonsense", "the engine answered what nobody understands"),

@@ -19,6 +19,7 @@ from app.errors import (
     Fault,
     HistoryGone,
     InvalidRequest,
+    Misdirected,
     NotAuthenticated,
     NotFound,
     NotPermitted,
@@ -48,6 +49,7 @@ STATUS: dict[type[RequestRefused], HTTPStatus] = {
     HistoryGone: HTTPStatus.GONE,
     PoolFull: HTTPStatus.TOO_MANY_REQUESTS,
     TooManyCalls: HTTPStatus.TOO_MANY_REQUESTS,
+    Misdirected: HTTPStatus.MISDIRECTED_REQUEST,
     Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 LAUNCH_STATUS = {
@@ -84,6 +86,8 @@ def answer(request: Request, error: RequestRefused) -> Response:
             headers["Location"] = runner.links.self
         else:
             detail = OTHERS_SLOT
+    if isinstance(error, Misdirected) and error.url:
+        headers["Location"] = f"{error.url}{request.url.path}"
     if isinstance(error, NotAuthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, PoolFull | TooManyCalls | Unavailable):

@@ -73,7 +73,7 @@ Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_le
             "description": "An earlier request with this Idempotency-Key, as it is now; or what a launch would be",
         },
         202: {"model": RunnerRecord, "description": "Recorded, and going on"},
-        **problems(409, 413, 502, 503),
+        **problems(409, 413, 421, 502, 503),
     },
 )
 async def launch(
@@ -193,7 +193,7 @@ async def read(
     responses={
         200: plain.TEXT,
         202: {"model": RunnerRecord, "description": "Being stopped"},
-        **problems(404, 409, 422),
+        **problems(404, 409, 421, 422),
     },
 )
 async def stop(
@@ -215,7 +215,7 @@ async def stop(
     "/runners/{runner_id}/logs",
     summary="A runner's output",
     response_class=StreamingResponse,
-    responses={200: plain.TEXT, **problems(404, 409, 422)},
+    responses={200: plain.TEXT, **problems(404, 409, 421, 422)},
 )
 async def logs(
     runner_id: Id,

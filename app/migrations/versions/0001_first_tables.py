@@ -7,14 +7,15 @@ revision = "0001"
 down_revision = None
 
 LIVE = sa.text("phase != 'finished'")
+NUMBER = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 
 def upgrade() -> None:
     op.create_table(
         "runners",
-        sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+        sa.Column("seq", NUMBER, primary_key=True, autoincrement=True),
         sa.Column("runner_id", sa.String, nullable=False, unique=True),
-        sa.Column("revision", sa.Integer, nullable=False),
+        sa.Column("revision", NUMBER, nullable=False),
         sa.Column("phase", sa.String, nullable=False),
         sa.Column("state", sa.String, nullable=False),
         sa.Column("pool_name", sa.String, nullable=False),
@@ -23,7 +24,7 @@ def upgrade() -> None:
         sa.Column("slot_place", sa.String),
         sa.Column("created_at", sa.Float, nullable=False),
         sa.Column("cpu", sa.Float),
-        sa.Column("memory_mib", sa.Integer),
+        sa.Column("memory_mib", NUMBER),
         sa.Column("last_heartbeat", sa.Float),
         sa.Column("cleaned", sa.Boolean, nullable=False),
         sa.Column("body", sa.Text, nullable=False),
@@ -46,7 +47,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "events",
-        sa.Column("revision", sa.Integer, primary_key=True, autoincrement=True),
+        sa.Column("revision", NUMBER, primary_key=True, autoincrement=True),
         sa.Column("runner_id", sa.String, nullable=False),
         sa.Column("at", sa.Float, nullable=False),
         sa.Column("body", sa.Text, nullable=False),

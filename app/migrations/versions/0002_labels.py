@@ -8,13 +8,15 @@ from alembic import op
 revision = "0002"
 down_revision = "0001"
 
+NUMBER = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+
 
 def upgrade() -> None:
     labels = op.create_table(
         "runner_labels",
         sa.Column("key", sa.String, primary_key=True),
         sa.Column("value", sa.String, primary_key=True),
-        sa.Column("seq", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("seq", NUMBER, primary_key=True, autoincrement=False),
     )
     for seq, body in op.get_bind().execute(sa.text("SELECT seq, body FROM runners")):
         rows = [{"key": key, "value": value, "seq": seq} for key, value in json.loads(body).get("labels", {}).items()]

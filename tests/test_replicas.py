@@ -1,0 +1,138 @@
+"""Two services on one PostgreSQL database, as processes of their own: who acts, who answers, and who takes over."""
+
+import asyncio
+import json
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import Served, finished, launch_body, launched, local_pool, problem, record_of, served, until, write_pools
+from postgres import Proxy
+from test_store import T, intent, make
+
+from app.errors import NotOwner
+from app.ownership import LEASE_SECONDS, Ownership
+from app.runner import finished as ended_runner
+from app.store import Store
+
+LONG = "sleep 600"
+
+
+@asynccontextmanager
+async def replica(tmp_path: Path, database: str, node: str, **wishes: bool) -> AsyncIterator[Served]:
+    directory = tmp_path / node
+    directory.mkdir(exist_ok=True)
+    write_pools(directory / "pools.yaml", {"local": local_pool(node="a"), "mine": local_pool()})
+    settings = {"DATABASE_URL": database, "NODE": node, "SLOT_ROOTS": str(tmp_path / "slots")}
+    async with served(directory, **settings, **wishes) as running:  # type: ignore[arg-type]
+        yield running
+
+
+async def test_a_local_pool_is_served_by_its_node_and_read_anywhere(postgres: str, tmp_path: Path, slot: Path) -> None:
+    async with (
+        replica(tmp_path, postgres, "a") as a,
+        replica(tmp_path, postgres, "b") as b,
+        a.client() as at_a,
+        b.client() as at_b,
+    ):
+        body = launch_body(slot, f"echo hello; {LONG}")
+        refused = await at_b.post("/runners", json=body)
+        problem(refused, 421, "other-node", words=a.url)
+        assert refused.headers["location"] == f"{a.url}/runners"
+        runner = await launched(at_a, body)
+        path = f"/runners/{runner['runner_id']}"
+        assert (await record_of(at_b, runner))["phase"] in ("starting", "running")
+        problem(await at_b.delete(path), 421, "other-node", words=a.url)
+        problem(await at_b.get(f"{path}/logs"), 421, "other-node", words=a.url)
+        asked = await at_b.get(path)
+        waiting = asyncio.create_task(at_b.get(path, headers={"Prefer": "wait=20", "If-None-Match": asked.headers["etag"]}))
+        await at_a.delete(f"{path}?grace=0")
+        assert (await waiting).status_code == 200
+        assert (await finished(at_b, runner))["reason"] == "cancelled"
+        await until_logged(at_a, path)
+        problem(await at_b.get(f"{path}/logs"), 421, "other-node", words="node a")
+
+
+async def until_logged(client: httpx.AsyncClient, path: str) -> None:
+    async def logged() -> bool:
+        answer = await client.get(f"{path}/logs")
+        return answer.status_code == 200 and "hello" in answer.text
+
+    await until(logged)
+
+
+async def test_streams_of_both_replicas_tell_the_same(postgres: str, tmp_path: Path) -> None:
+    async with (
+        replica(tmp_path, postgres, "a") as a,
+        replica(tmp_path, postgres, "b") as b,
+        a.client() as at_a,
+        b.client() as at_b,
+    ):
+        bodies = [launch_body(tmp_path / "slots" / f"s{n}", "exit 3", pool="mine") for n in range(6)]
+        runners = await asyncio.gather(*[launched((at_a, at_b)[n % 2], body) for n, body in enumerate(bodies)])
+        ends = await asyncio.gather(*[finished((at_b, at_a)[n % 2], runner) for n, runner in enumerate(runners)])
+        assert [end["exit_code"] for end in ends] == [3] * 6
+        pages = [(await client.get("/events?since=0")).json() for client in (at_a, at_b)]
+        assert [item["revision"] for item in pages[0]["items"]] == [item["revision"] for item in pages[1]["items"]]
+        assert len(pages[0]["items"]) >= 18, json.dumps(pages[0])
+
+
+async def test_a_restarted_replica_takes_its_own_up_at_once(postgres: str, tmp_path: Path, slot: Path) -> None:
+    async with replica(tmp_path, postgres, "a", leave_runners=True) as a, a.client() as client:
+        runner = await launched(client, launch_body(slot, LONG))
+        await a.end(signal.SIGKILL)
+    async with replica(tmp_path, postgres, "a") as a, a.client() as client:
+        await client.delete(f"/runners/{runner['runner_id']}?grace=0")
+        assert (await finished(client, runner))["reason"] == "cancelled"
+
+
+@asynccontextmanager
+async def owner(url: str, node: str) -> AsyncIterator[tuple[Store, Ownership]]:
+    store = Store(url, lambda _: None, replica=node)
+    await store.open()
+    ownership = Ownership(store, node=node, url=f"http://{node}")
+    await ownership.open(["shared"])
+    try:
+        yield store, ownership
+    finally:
+        await ownership.aclose()
+        await store.aclose()
+
+
+async def test_an_engine_has_one_owner_and_is_handed_over_at_once_on_a_clean_end(postgres: str) -> None:
+    async with owner(postgres, "b") as (_, second), owner(postgres, "c") as (_, third):
+        assert [each.holds("shared") for each in (second, third)] == [True, False]
+        with pytest.raises(NotOwner):
+            async with third.holding("shared"):
+                pass
+        gained: list[str] = []
+        third.on_gain(gained.append)
+        await second.aclose()
+        await until(lambda: gained == ["shared"], LEASE_SECONDS / 2)
+
+
+async def test_who_cannot_renew_stops_before_the_next_owner_may_act_and_writes_nothing(postgres: str) -> None:
+    proxy = Proxy()
+    async with proxy.serving(postgres) as url, owner(url, "b") as (store, stale), owner(postgres, "c") as (_, fresh):
+        runner, _ = await store.intend(intent(make(engine="shared")))
+        fence = stale.fence(runner)
+        overlap: list[bool] = []
+        proxy.cut(away=True)
+
+        async def act() -> None:
+            async with stale.holding("shared"):
+                while True:
+                    overlap.append(fresh.holds("shared"))
+                    await asyncio.sleep(0.02)
+
+        with pytest.raises(NotOwner):
+            await act()
+        assert not any(overlap)
+        await until(lambda: fresh.holds("shared"))
+        proxy.cut()
+        with pytest.raises(NotOwner):
+            await store.change(runner, ended_runner(runner, None, None, T), "finished", T, fence=fence)
+        assert await store.get(runner.runner_id) == runner
