@@ -95,7 +95,9 @@ def create_app(
             app.state.service, app.state.feed = service, feed
             app.state.telemetry = telemetry = Telemetry(feed, lambda: service.pools.by_name, now)
             source = f"urn:runner-launcher:{name}"
-            app.state.webhooks = hooks = Webhooks(store, journal, source=source, told=telemetry.webhook_answered, now=now)
+            app.state.webhooks = hooks = Webhooks(
+                store, journal, ownership, source=source, told=telemetry.webhook_answered, now=now
+            )
             stack.push_async_callback(hooks.aclose)
             await hooks.set(targets)
             app.state.retention = Retention(
@@ -114,6 +116,7 @@ def create_app(
             for name, work in {
                 "asking engines": service.keep_asking_engines(),
                 "retention": app.state.retention.keep_sweeping(),
+                "webhooks": hooks.keep_telling(),
             }.items():
                 stack.push_async_callback(_cancel, asyncio.create_task(work, name=name))
             yield

@@ -7,7 +7,7 @@ between leaves a record without a log, which the next sweep finds, and never a l
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass
 
 from app.errors import Unavailable
@@ -52,7 +52,7 @@ class Retention:
         spool: Spool,
         keep: Keep,
         *,
-        needed: Callable[[], tuple[int | None, Collection[str]]],
+        needed: Callable[[], Awaitable[tuple[int | None, Collection[str]]]],
         now: Callable[[], float] = time.time,
     ) -> None:
         self._needed = needed
@@ -92,7 +92,7 @@ class Retention:
         place: int | None = 0
         ended_before = None if self._keep.days is None else now - self._keep.days * DAY
         while place is not None:
-            told, owed = self._needed()
+            told, owed = await self._needed()
             found, place = await self._store.outdated(
                 ended_before, self._keep.records, fresh=now - FRESH_SECONDS, told=told, after=place, limit=BATCH
             )

@@ -360,7 +360,11 @@ class Store:
 
     async def url_of(self, node: str) -> str | None:
         """Say where the replica of a node is, or was last, reached."""
-        query = sa.select(leases.c.url).where(leases.c.key == f"node {node}")
+        return await self.owner_url(f"node {node}")
+
+    async def owner_url(self, key: str) -> str | None:
+        """Say where the replica that owns a lease is, or was last, reached."""
+        query = sa.select(leases.c.url).where(leases.c.key == key)
         return await self._read(lambda connection: connection.execute(query).scalar())
 
     async def log_kept_by(self, runner_id: str) -> str | None:

@@ -5,7 +5,7 @@ has a *place* in them: it was told all up to there, save its *arrears*, runners 
 their own way, in the order of their events and ever more slowly, while the place goes on; after so many tries a runner is
 *parked* until somebody says to try again. So a runner's events come in order, each at least once; what one target does not
 take holds up no other target, and no other runner. All of this is in the store, where a service that was killed takes it up:
-what was sent and not yet noted is sent again, under the same id.
+what was sent and not yet noted is sent again, under the same id. Of several replicas one tells all targets.
 """
 
 import asyncio
@@ -17,10 +17,11 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from app.errors import NotFound, Unavailable
+from app.errors import Misdirected, NotFound, NotOwner, Unavailable
 from app.events import Event
 from app.journal import Journal
 from app.models import CloudEvent, cloud_event
+from app.ownership import Ownership
 from app.runner import Phase, Runner, State
 from app.store import Arrears, Store
 from app.targets import Target, Told
@@ -43,6 +44,12 @@ MARK_SECONDS = 0.2
 """How often at most the place of a target is noted; a service that is killed tells this much again."""
 
 IDLE_SECONDS = 60.0
+
+KEY = "webhooks"
+"""What the replica that tells holds the lease of."""
+
+LOOK_SECONDS = 1.0
+"""How often the others look whether they hold it now."""
 
 TOLD = {
     "accepted": Told.ACCEPTED,
@@ -86,6 +93,7 @@ class Webhooks:
         self,
         store: Store,
         journal: Journal,
+        ownership: Ownership,
         *,
         source: str,
         told: Callable[[str, str], None],
@@ -93,6 +101,8 @@ class Webhooks:
     ) -> None:
         self._store = store
         self._journal = journal
+        self._ownership = ownership
+        self._targets: Sequence[Target] = ()
         self._source = source
         self._told = told
         self._now = now
@@ -101,7 +111,21 @@ class Webhooks:
         self._changing = asyncio.Lock()
 
     async def set(self, targets: Sequence[Target]) -> None:
-        """Tell these from now on. One that was told before goes on where it was, also after it was left out for a while."""
+        """Have these told from now on. One that was told before goes on where it was, also after it was left out."""
+        self._targets = targets
+        await self._tell(targets if self._ownership.holds(KEY) else ())
+
+    async def keep_telling(self) -> None:
+        """Tell as long as this replica is the one that tells, until cancelled."""
+        while True:
+            with contextlib.suppress(NotOwner):
+                async with self._ownership.holding(KEY):
+                    await self._tell(self._targets)
+                    await asyncio.Event().wait()
+            await self._tell(())
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _tell(self, targets: Sequence[Target]) -> None:
         async with self._changing:
             if targets and self._courier is None:
                 self._courier = await asyncio.to_thread(_courier, self._now)
@@ -118,11 +142,13 @@ class Webhooks:
             self._hooks = hooks
 
     async def retry(self, name: str) -> TargetState:
-        """Try again all that is parked, and a target that is gone. Raises NotFound."""
+        """Try again all that is parked, and a target that is gone. Raises NotFound, Misdirected."""
+        if name not in {target.name for target in self._targets}:
+            raise NotFound(f"no webhook target named {name} is configured")
         async with self._changing:
             hook = self._hooks.get(name)
             if hook is None:
-                raise NotFound(f"no webhook target named {name} is configured")
+                raise Misdirected("another replica tells webhooks", await self._store.owner_url(KEY))
             await hook.aclose()
             for each in await self._store.webhook_arrears(name):
                 await self._store.owe_webhook(name, replace(each, attempts=0, retry_at=self._now(), parked=False))
@@ -131,13 +157,35 @@ class Webhooks:
             self._hooks[name] = await self._open(hook.target)
             return self._hooks[name].state()
 
-    def states(self) -> list[TargetState]:
-        """Give all targets, and how far each was told."""
+    def telling(self) -> list[TargetState]:
+        """Give the targets that this replica tells, and how far each was told."""
         return [hook.state() for hook in self._hooks.values()]
 
-    def needs(self) -> tuple[int | None, frozenset[str]]:
+    async def states(self) -> list[TargetState]:
+        """Give all targets, and how far each was told, by whichever replica."""
+        return [
+            hook.state() if (hook := self._hooks.get(target.name)) else await self._stored(target)
+            for target in self._targets
+        ]
+
+    async def _stored(self, target: Target) -> TargetState:
+        place, gone = await self._store.webhook_place(target.name)
+        arrears = await self._store.webhook_arrears(target.name)
+        newest = self._journal.newest
+        return TargetState(
+            target=target,
+            gone=gone,
+            place=newest if place is None else place,
+            behind=0 if place is None else max(0, newest - place),
+            arrears=tuple(arrears),
+            delivered_at=None,
+            failed_at=None,
+            error=arrears[-1].error if arrears else None,
+        )
+
+    async def needs(self) -> tuple[int | None, frozenset[str]]:
         """Say what must not be forgotten: what came after this revision, None: nothing; and these runners."""
-        states = self.states()
+        states = await self.states()
         places = [state.place for state in states if not state.gone]
         return min(places, default=None), frozenset(owed.runner_id for state in states for owed in state.arrears)
 

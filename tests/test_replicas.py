@@ -12,21 +12,25 @@ import pytest
 from conftest import Served, finished, launch_body, launched, local_pool, problem, record_of, served, until, write_pools
 from postgres import Proxy
 from test_store import T, intent, make
+from test_webhooks import Receiver, completed, receiver, shown, targets
 
 from app.errors import NotOwner
 from app.ownership import LEASE_SECONDS, Ownership
 from app.runner import finished as ended_runner
 from app.store import Store
 
+__all__ = ["receiver"]  # a fixture
 LONG = "sleep 600"
 
 
 @asynccontextmanager
-async def replica(tmp_path: Path, database: str, node: str, **wishes: bool) -> AsyncIterator[Served]:
+async def replica(
+    tmp_path: Path, database: str, node: str, more: dict[str, str] | None = None, **wishes: bool
+) -> AsyncIterator[Served]:
     directory = tmp_path / node
     directory.mkdir(exist_ok=True)
     write_pools(directory / "pools.yaml", {"local": local_pool(node="a"), "mine": local_pool()})
-    settings = {"DATABASE_URL": database, "NODE": node, "SLOT_ROOTS": str(tmp_path / "slots")}
+    settings = {"DATABASE_URL": database, "NODE": node, "SLOT_ROOTS": str(tmp_path / "slots"), **(more or {})}
     async with served(directory, **settings, **wishes) as running:  # type: ignore[arg-type]
         yield running
 
@@ -136,3 +140,34 @@ async def test_who_cannot_renew_stops_before_the_next_owner_may_act_and_writes_n
         with pytest.raises(NotOwner):
             await store.change(runner, ended_runner(runner, None, None, T), "finished", T, fence=fence)
         assert await store.get(runner.runner_id) == runner
+
+
+async def test_one_replica_tells_webhooks_and_another_goes_on_when_it_dies(
+    postgres: str, tmp_path: Path, slot: Path, receiver: Receiver
+) -> None:
+    hooks = {"WEBHOOKS_FILE": str(targets(tmp_path, receiver))}
+    async with (
+        replica(tmp_path, postgres, "a", hooks, mishaps=True) as a,
+        replica(tmp_path, postgres, "b", hooks, mishaps=True) as b,
+        a.client() as at_a,
+        b.client() as at_b,
+    ):
+        assert await until(lambda: telling(at_a, at_b)) == [200, 421]
+        runner = await launched(at_a, launch_body(slot))
+        await finished(at_b, runner)
+        await completed(receiver, runner)
+        for client in (at_a, at_b):
+            assert (await shown(client))["state"] == "ok"
+        first = (await at_a.post("/webhooks/target-0/retry")).status_code == 200
+        teller, client, pool = (a, at_b, "mine") if first else (b, at_a, "local")
+        await teller.end(signal.SIGKILL)
+        again = await launched(client, launch_body(slot.with_name("slot-2"), pool=pool))
+        await completed(receiver, again)
+    told = receiver.types(runner)
+    assert len(told) == len(set(told)), told
+
+
+async def telling(*clients: httpx.AsyncClient) -> list[int]:
+    """Ask each to try a target again, until one does; what they answer then."""
+    answers = sorted([(await client.post("/webhooks/target-0/retry")).status_code for client in clients])
+    return answers if 200 in answers else []

@@ -31,7 +31,7 @@ async def metrics(request: Request, service: Service, who: Who) -> Response:
         await service.pool_states(who),
         service.engine_states(who),
         service.journal.followers,
-        request.app.state.webhooks.states(),
+        request.app.state.webhooks.telling(),
     )
     return Response(text, media_type=media_type)
 

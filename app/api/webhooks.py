@@ -25,7 +25,7 @@ router = APIRouter(prefix="/webhooks", tags=["webhooks"])
     responses={200: plain.TEXT, **problems()},
 )
 async def page(request: Request, response: Response, who: Who) -> WebhookPage | Response:
-    answer = WebhookPage(items=[_record(state) for state in _webhooks(request, who).states()])
+    answer = WebhookPage(items=[_record(state) for state in await _webhooks(request, who).states()])
     return plain.shown(request, response, answer) or answer
 
 
@@ -34,7 +34,7 @@ async def page(request: Request, response: Response, who: Who) -> WebhookPage | 
     summary="Try a target again",
     description="What is parked is sent again, in order, and so is all that a target has missed that said it was gone.",
     response_model=WebhookRecord,
-    responses={200: plain.TEXT, **problems(404, 503)},
+    responses={200: plain.TEXT, **problems(404, 421, 503)},
 )
 async def retry(request: Request, response: Response, name: str, who: Who) -> WebhookRecord | Response:
     answer = _record(await _webhooks(request, who).retry(name))
