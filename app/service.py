@@ -419,7 +419,7 @@ class RunnerService:
         if force:
             caller.require(Scope.ADMIN)
         while True:
-            runner = await self.get(given, caller)
+            runner = await self._store.get((await self.get(given, caller)).runner_id)
             if self._ownership.elsewhere(runner) and runner.home and not force:
                 await self._send_to(runner.home, f"{runner.runner_id} runs on node {runner.home}")
             now = self._now()

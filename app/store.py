@@ -36,6 +36,7 @@ from app.events import Change, Event
 from app.launcher import LaunchSpec
 from app.pools import Usage
 from app.reason import Reason
+from app.recent import MOST, Recent
 from app.runner import LIVE as LIVE_PHASES
 from app.runner import PLACED, Phase, Runner, State, admitted
 from app.schema import (
@@ -156,6 +157,7 @@ class Store:
         except ArgumentError:  # whose text may hold a password
             raise ConfigurationError("RUNNER_LAUNCHER_DATABASE_URL: not a database URL, such as sqlite:////PATH") from None
         self.shared = self._url.get_backend_name() == "postgresql"  # with other services
+        self._recent = Recent(0 if self.shared else MOST)
         self._writes: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, name="store writer", daemon=True)
         self._wiped = True  # also by an earlier service, which may have been killed
@@ -258,11 +260,14 @@ class Store:
     async def beat(self, runner_id: str, at: float) -> None:
         """Note a sign of life."""
 
+        def touched(runner: Runner) -> Runner:
+            return runner if runner.phase is Phase.FINISHED else replace(runner, last_heartbeat=at)
+
         def write(connection: Connection, _: list[Change]) -> None:
             row = sa.update(runners).where(runners.c.runner_id == runner_id, runners.c.phase != Phase.FINISHED)
             connection.execute(row.values(last_heartbeat=at))
 
-        await self._write(write)
+        await self._write(write, touch=lambda recent: recent.touch(runner_id, touched))
 
     async def forget_spec(self, runner_id: str, fence: Fence | None = None, log_kept_by: str | None = None) -> None:
         """Wipe a finished runner's secrets: nothing of it is left on its engine."""
@@ -274,11 +279,18 @@ class Store:
                 sa.update(runners).where(runners.c.runner_id == runner_id).values(cleaned=True, log_kept_by=log_kept_by)
             )
 
-        await self._write(write, fence)
+        await self._write(
+            write, fence, touch=lambda recent: recent.touch(runner_id, lambda runner: replace(runner, cleaned=True))
+        )
 
     async def forget(self, runner_ids: Collection[str]) -> None:
         """Forget ended runners of which nothing is left elsewhere, with their events and keys; leave any others."""
-        await self._write(functools.partial(_forget, runner_ids))
+
+        def touch(recent: Recent) -> None:
+            for runner_id in runner_ids:
+                recent.drop(runner_id)
+
+        await self._write(functools.partial(_forget, runner_ids), touch=touch)
 
     async def switch_pool(self, pool_name: str, *, enabled: bool) -> None:
         """Keep a pool on or off, whatever its file says."""
@@ -394,6 +406,9 @@ class Store:
 
         Raises NotFound, AmbiguousId.
         """
+        runner = self._recent.get(given)
+        if runner and (pools is None or runner.pool_name in pools):
+            return runner
         return await self._read(lambda connection: _named(connection, given, pools))
 
     async def check_slot(self, runner: Runner) -> None:
@@ -511,12 +526,12 @@ class Store:
         except DBAPIError as error:
             raise Unavailable(f"the store cannot be read: {error.orig}", code="store-unavailable") from error
 
-    async def _write(self, write: Write[T], fence: Fence | None = None) -> T:
+    async def _write(self, write: Write[T], fence: Fence | None = None, touch: Callable[[Recent], None] | None = None) -> T:
         if fence:
             write = functools.partial(_fenced, fence, write)
         if self._closed:
             raise Unavailable("the store is closed", code="store-unavailable")
-        pending = _Pending(write, self._loop.create_future())
+        pending = _Pending(write, self._loop.create_future(), touch)
         self._writes.put(pending)
         return await asyncio.shield(pending.future)
 
@@ -632,6 +647,10 @@ class Store:
                     return
 
     def _resolve(self, batch: list["_Pending"], changes: list[Change]) -> None:
+        self._recent.changed(changes)
+        for pending in batch:
+            if pending.touch and not pending.error:
+                pending.touch(self._recent)
         try:
             self._publish(changes)
         finally:  # whatever a listener does, those who wait are answered
@@ -641,10 +660,11 @@ class Store:
 
 @dataclass(slots=True, eq=False)
 class _Pending:
-    """A write that waits for its commit."""
+    """A write that waits for its commit; ``touch`` is what it does to runners beside their changes."""
 
     write: Write[Any]
     future: asyncio.Future[Any]
+    touch: Callable[[Recent], None] | None = None
     result: Any = None
     error: Exception | None = None
 

@@ -29,6 +29,7 @@ from app.logs import Spool
 from app.ownership import Ownership
 from app.pools import Pool
 from app.reason import Reason
+from app.recent import Recent
 from app.reconciler import RESYNC_SECONDS, STALE_SECONDS, SWEEP_SECONDS, Reconciler
 from app.runner import Phase, Policy, Runner, State, finished, identity, stop_asked
 from app.store import Fence, Intent, Store, Write
@@ -87,10 +88,10 @@ class WatchedStore(Store):
     writing = 0
 
     @override
-    async def _write(self, write: Write[T], fence: Fence | None = None) -> T:
+    async def _write(self, write: Write[T], fence: Fence | None = None, touch: Callable[[Recent], None] | None = None) -> T:
         self.writing += 1
         try:
-            return await super()._write(write, fence)
+            return await super()._write(write, fence, touch)
         finally:
             self.writing -= 1
 

@@ -720,7 +720,7 @@ QUERIES: dict[str, Callable[[Store, Runner, Runner], Awaitable[object]]] = {
     "beat": lambda store, runner, _: store.beat(runner.runner_id, T),
     "forget": lambda store, runner, _: store.forget_spec(runner.runner_id),
     "get": lambda store, runner, _: store.get(runner.runner_id),
-    "named": lambda store, runner, _: store.named(runner.runner_id),
+    "named": lambda store, runner, _: named_by_the_database(store, runner),
     "events": lambda store, _, __: store.events(3, 100),
     "span": lambda store, _, __: store.span(),
     "outdated": lambda store, _, __: store.outdated(1.0, None, fresh=1.0, told=None, after=0, limit=10),
@@ -771,6 +771,11 @@ async def test_no_query_reads_through_the_runners_of_the_past(store: Store, path
             scans = [line for line in plan if line.startswith("SCAN") and "INDEX" not in line]
             assert not scans or name.startswith("list"), f"{scans} for {statement}"
     assert asked
+
+
+def named_by_the_database(store: Store, runner: Runner) -> Awaitable[Runner]:
+    store._recent.drop(runner.runner_id)
+    return store.named(runner.runner_id)
 
 
 def watch_sql(store: Store) -> list[tuple[str, tuple[Any, ...]]]:
@@ -1002,3 +1007,42 @@ async def leave(store: Store, runner: Runner, at: float, *, clean: bool = True) 
     assert await store.change(runner, finished(runner, Reason.LOST, "gone", at), "finished", at)
     if clean:
         await store.forget_spec(runner.runner_id)
+
+
+# What is read without a look into the database.
+
+
+async def test_what_is_read_by_name_is_what_the_database_has_whatever_was_written(store: Store) -> None:
+    async def same(runner_id: str) -> Runner:
+        named = await store.named(runner_id)
+        assert named == await store.get(runner_id)
+        return named
+
+    runner = await add(store)
+    assert await same(runner.runner_id) == runner
+    await store.beat(runner.runner_id, T + 1)
+    assert (await same(runner.runner_id)).last_heartbeat == T + 1
+    running = await store.change(runner, accepted(runner, Handle(runner_id=runner.runner_id), T + 2), "started", T + 2)
+    assert running
+    await asyncio.gather(store.beat(runner.runner_id, T + 3), store.change(running, running, "again", T + 3))
+    latest = await same(runner.runner_id)
+    await leave(store, latest, at=T + 4)
+    await store.beat(runner.runner_id, T + 5)
+    ended = await same(runner.runner_id)
+    assert (ended.cleaned, ended.last_heartbeat) == (True, T + 3)
+    with pytest.raises(NotFound):
+        await store.named(runner.runner_id, {"another"})
+    await store.forget([runner.runner_id])
+    with pytest.raises(NotFound):
+        await store.named(runner.runner_id)
+
+
+async def test_a_write_that_fails_is_not_read(store: Store) -> None:
+    runner = await add(store)
+    with pytest.raises(SlotBusy):
+        await add(store, 2, slot_id=runner.slot_id)
+    stale = replace(runner, revision=runner.revision + 1)
+    assert await store.change(stale, stale, "too late", T) is None
+    assert await store.named(runner.runner_id) == runner
+    with pytest.raises(NotFound):
+        await store.named(make(2).runner_id)
