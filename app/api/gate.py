@@ -4,6 +4,7 @@ Host and Origin are checked because a page that a browser shows must not be able
 by a name that suddenly means 127.0.0.1. An address in digits cannot be made to mean another, so it is let in.
 """
 
+import functools
 import ipaddress
 import logging
 import re
@@ -176,6 +177,7 @@ def _note(scope: Scope, status: int, location: str | None) -> None:
     audit.info("%s: %s: %d%s (request %s)", caller, called, status, f" {location}" * bool(location), scope["request_id"])
 
 
+@functools.lru_cache(256)  # asked of every request, and mostly the same
 def _host(url: str) -> str:
     try:
         return (urlsplit(url).hostname or "").lower()
@@ -183,6 +185,7 @@ def _host(url: str) -> str:
         return ""
 
 
+@functools.lru_cache(256)
 def _is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host)
