@@ -1,5 +1,6 @@
 """What deploy/ holds for machines without a cluster is what its readers' programs take, and what we take."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ NEWER = "Unknown key 'DelegateSubgroup' in section [Service], ignoring."
 
 
 def test_systemd_has_nothing_to_say_about_the_unit(tmp_path: Path) -> None:
-    if not shutil.which("systemd-analyze"):
+    if not shutil.which("systemd-analyze") and "systemd" not in os.environ.get("REQUIRE_ENGINES", "").split(","):
         pytest.skip("systemd-analyze is not installed")
     unit = (DEPLOY / "systemd" / "runner-launcher.service").read_text()
     assert "\nDelegate=yes\n" in unit
