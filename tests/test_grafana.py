@@ -28,12 +28,13 @@ async def figures(service: Service, slot: Path, tmp_path: Path) -> dict[str, set
     hooks.write_text(yaml.safe_dump([{"name": "nobody", "url": "http://127.0.0.1:9/", "secret_file": "secret"}]))
     pools = {"local": local_pool(quotas={"memory_quota": 64}), "broken": local_pool(command=["no-such-command"])}
     async with service(pools, webhooks_file=hooks) as client:
-        await finished(client, await launched(client, launch_body(slot, "exit 3")))
+        await finished(client, await launched(client, launch_body(slot, "sleep 0.3; exit 3")))
         await client.post("/runners", json=launch_body(slot, pool="broken"))
 
         async def failed() -> str:
             text = (await client.get("/metrics")).text
-            return text if 'webhook_answers_total{outcome="unanswered"' in text else ""
+            late = ('webhook_answers_total{outcome="unanswered"', "engine_watch_age_seconds{")
+            return text if all(name in text for name in late) else ""
 
         text = await until(failed)
     families = text_string_to_metric_families(text)

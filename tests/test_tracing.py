@@ -96,7 +96,7 @@ def said(span: Span) -> dict[str, str | int]:
 
 async def test_a_trace_leads_from_the_caller_into_the_runner(serve: Serve, slot: Path, collector: Collector) -> None:
     async with serve(inside=collector.asking()) as running, running.client() as client:
-        runner = await launched(client, launch_body(slot, TELL + "exit 3"), traceparent=CALLER)
+        runner = await launched(client, launch_body(slot, TELL + "sleep 0.5; exit 3"), traceparent=CALLER)
         environment = await told(slot)
         await finished(client, runner)
         request, whole = await collector.get("POST /runners"), await collector.get("runner")
