@@ -131,7 +131,7 @@ async def test_an_image_with_a_user_runs_as_the_slots_owner_or_as_its_own(docker
     record, output = await docker.run(script, image=image_with_a_user)
     assert (record["exit_code"], output.split()) == (0, [str(OWNER)])
     record, output = await docker.run(script, image=image_with_a_user, user="image")
-    assert output.split()[0] == str(IMAGES_USER)
+    assert str(IMAGES_USER) in output.split()  # what it complained of may come first: these are two streams
     assert record["exit_code"] == 1  # it may read its task, and not write the slot
     record, output = await docker.run("id -u; id -g", image=image_with_a_user, user="23456:34567")
     assert (record["exit_code"], output.split()) == (0, ["23456", "34567"])
@@ -154,6 +154,7 @@ async def test_no_more_processes_than_the_pool_says(docker: Docker) -> None:
     record, output = await docker.run(script, pids_limit=10)
     assert record["exit_code"] == 0
     assert "can't fork" in output
-    assert int(output.splitlines()[-1]) <= 10
+    (count,) = [int(line) for line in output.splitlines() if line.isdigit()]  # of two streams, so not always the last
+    assert count <= 10
     _, output = await docker.run(script.replace("wait", ":"))
     assert "can't fork" not in output
