@@ -589,7 +589,7 @@ function write(current, piece) {
 // Stopping.
 
 function askToStop() {
-  const { record } = opened;
+  const record = opened.record ?? fleet.runners.get(opened.id); // what is shown before it was read anew
   text($("confirm-text"), `Task ${record.task_id}, ${record.runner_id}, in slot ${record.slot_id}.`);
   $("grace").value = "";
   complain($("confirm-problem"), null);
