@@ -81,6 +81,8 @@ class Retention:
                 gone = await self.sweep()
             except (OSError, Unavailable) as error:
                 log.warning("what is outdated cannot be forgotten now: %s", error)
+            except Exception:  # no defect may let disks fill up without a word
+                log.exception("forgetting what is outdated failed, and is tried again")
             else:
                 if gone.records or gone.logs:
                     log.info("forgot %d records and %d logs of %d bytes", gone.records, gone.logs, gone.log_bytes)

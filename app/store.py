@@ -674,10 +674,7 @@ class _Pending:
         try:
             with connection.begin_nested():
                 self.result = self.write(connection, made)
-        except (
-            IntegrityError,
-            DataError,
-        ) as error:  # this write's own fault; any other error of the database fails the whole batch
+        except (IntegrityError, DataError) as error:  # this write's own fault; any other error fails the whole batch
             self.error = error
         except DBAPIError:
             raise
