@@ -762,7 +762,14 @@ def _never_works(said: str) -> bool:
     said = said.lower()
     return any(
         word in said
-        for word in ("could not select device driver", "unknown runtime", "unable to find user", "no matching entries")
+        for word in (
+            "could not select device driver",
+            "unknown runtime",
+            "unable to find user",
+            "no matching entries",
+            "a command that was not found",
+            "oci permission denied",
+        )
     )
 
 
