@@ -710,9 +710,9 @@ class DockerLauncher:
             if refused and _never_works(error.message):
                 raise LaunchRejected(error.message, Reason.CONFIG_ERROR) from error
             raise LauncherUnavailable(text, acted=acted) from error
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not self._closed.is_set():
-                raise
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, RuntimeError, AssertionError) as error:
+            if isinstance(error, RuntimeError | AssertionError) and not self._closed.is_set():
+                raise  # a session closed under a call fails by either
             raise self._no_connection(error, what, acted=acted) from error
 
     def _no_connection(self, error: BaseException | None, what: str, *, acted: bool) -> LauncherUnavailable:
