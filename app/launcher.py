@@ -77,7 +77,8 @@ class Exit:
     ``code`` is what the engine says, ``signal`` a name like ``SIGKILL``; both None: nobody will ever know.
     ``reason`` is the engine's own word where it has one (out of memory, evicted, its deadline).
     ``stopped`` says whether our stop reached the runner before it ended; None: only the times can tell.
-    ``finished_at`` is seconds since the epoch by the engine's clock.
+    ``finished_at`` is seconds since the epoch by the engine's clock. ``log_truncated`` is True if that is known by then;
+    else whoever reads the whole log finds out, by a line that says ``gap``.
     """
 
     code: int | None = None
@@ -128,10 +129,14 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """One line of output without its end, and the cursor after which reading resumes. ``text`` may hold any bytes."""
+    """One line of output without its end, and the cursor after which reading resumes. ``text`` may hold any bytes.
+
+    ``gap``: no output, but the launcher's word that lines are missing here, or may be.
+    """
 
     cursor: str
     text: bytes
+    gap: bool = False
 
 
 class Launcher(Protocol):

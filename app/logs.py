@@ -157,24 +157,29 @@ class Spool:
         """Give the kept log of a runner; there may be none."""
         return LogFile(self._directory / f"{runner_id}.log")
 
-    async def keep(self, launcher: Launcher, handle: Handle) -> None:
-        """Make a runner's whole output safe before its engine forgets it; again is no harm. Raises LauncherUnavailable."""
+    async def keep(self, launcher: Launcher, handle: Handle) -> bool:
+        """Make a runner's whole output safe before its engine forgets it; again is no harm. Raises LauncherUnavailable.
+
+        Says whether reading it showed that some of it is missing.
+        """
         kept = self.file(handle.runner_id).path
         if source := launcher.log_file(handle):
             await asyncio.to_thread(_link, source, kept)
-            return
-        fresh = kept.with_suffix(".new")
+            return False
+        fresh, gaps = kept.with_suffix(".new"), 0
         try:
             file = await asyncio.to_thread(fresh.open, "wb")
             try:
-                async for piece in _pieces(launcher.logs(handle)):
+                async for piece, missing in _pieces(launcher.logs(handle)):
+                    gaps += missing
                     await asyncio.to_thread(file.write, piece)
             finally:
                 await asyncio.to_thread(file.close)
         except RunnerGone:
             await asyncio.to_thread(fresh.unlink)
-        else:
-            await asyncio.to_thread(fresh.rename, kept)
+            return False
+        await asyncio.to_thread(fresh.rename, kept)
+        return gaps > 0
 
     def sizes(self) -> dict[str, tuple[float, int]]:
         """Say of each kept log when it was last written to, and how many bytes of disk it takes; by runner. Blocks."""
@@ -238,16 +243,18 @@ async def _lines(launcher: Launcher, handle: Handle, tail: int | None, *, follow
         yield line
 
 
-async def _pieces(lines: AsyncIterator[LogLine]) -> AsyncIterator[bytes]:
-    """Join lines to pieces that are worth a write."""
-    piece = bytearray()
+async def _pieces(lines: AsyncIterator[LogLine]) -> AsyncIterator[tuple[bytes, int]]:
+    """Join lines to pieces that are worth a write, each with how many gaps it tells of."""
+    piece, gaps = bytearray(), 0
     async for line in lines:
         piece += line.text + b"\n"
+        gaps += line.gap
         if len(piece) >= CHUNK:
-            yield bytes(piece)
+            yield bytes(piece), gaps
             piece.clear()
+            gaps = 0
     if piece:
-        yield bytes(piece)
+        yield bytes(piece), gaps
 
 
 def _link(source: Path, kept: Path) -> None:

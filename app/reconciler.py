@@ -514,8 +514,10 @@ class Reconciler:
         if not runner.untouched or runner.accepted:
             with contextlib.suppress(LaunchRejected):  # no launcher, so nothing was ever launched
                 launcher = await self.launcher(runner.engine)
-                if runner.accepted:
-                    await self._spool.keep(launcher, _handle(runner))
+                cut = runner.accepted and await self._spool.keep(launcher, _handle(runner))
+                cut_too = replace(runner, log_truncated=True)
+                if cut and not runner.log_truncated and not await self._write(runner, cut_too, "log_truncated"):
+                    return  # it was changed meanwhile, and so comes again
                 await launcher.remove(_handle(runner))
         await self._store.forget_spec(runner.runner_id, self._ownership.fence(runner), self._ownership.node)
         self._cut_short.discard(runner.runner_id)

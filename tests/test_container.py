@@ -275,27 +275,26 @@ def state(code: int, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
 
 
 def test_an_exit_is_its_code_and_its_time() -> None:
-    end = exit_of(state(7), last_line=b"bye", oom_event=False, log_truncated=True)
+    end = exit_of(state(7), last_line=b"bye", oom_event=False)
     assert (end.code, end.signal, end.oom_killed, end.reason, end.message) == (7, None, False, None, None)
     assert end.finished_at == pytest.approx(1795433401.25)
-    assert end.log_truncated
     assert end.stopped is None
 
 
 @pytest.mark.parametrize("code", [137, 1])
 @pytest.mark.parametrize(("flag", "event"), [(True, False), (False, True), (True, True)])
 def test_out_of_memory_is_the_engines_word_and_an_end_that_is_no_success(code: int, *, flag: bool, event: bool) -> None:
-    end = exit_of(state(code, OOMKilled=flag), last_line=b"", oom_event=event, log_truncated=False)
+    end = exit_of(state(code, OOMKilled=flag), last_line=b"", oom_event=event)
     assert (end.code, end.oom_killed, end.message) == (code, True, None)
 
 
 def test_a_child_out_of_memory_spoils_no_success() -> None:
-    end = exit_of(state(0, OOMKilled=True), last_line=b"", oom_event=True, log_truncated=False)
+    end = exit_of(state(0, OOMKilled=True), last_line=b"", oom_event=True)
     assert (end.code, end.oom_killed) == (0, False)
 
 
 def test_137_alone_is_not_out_of_memory() -> None:
-    end = exit_of(state(137), last_line=b"", oom_event=False, log_truncated=False)
+    end = exit_of(state(137), last_line=b"", oom_event=False)
     assert (end.code, end.oom_killed, end.signal) == (137, False, None)
     assert end.message
     assert signal.SIGKILL.name in end.message
@@ -303,36 +302,36 @@ def test_137_alone_is_not_out_of_memory() -> None:
 
 @pytest.mark.parametrize("code", [128, 129 + signal.NSIG, 255])
 def test_a_code_that_is_no_signals_says_nothing_more(code: int) -> None:
-    assert exit_of(state(code), last_line=b"", oom_event=False, log_truncated=False).message is None
+    assert exit_of(state(code), last_line=b"", oom_event=False).message is None
 
 
 @pytest.mark.parametrize("code", [126, 127])
 def test_a_command_that_cannot_be_run_is_told_from_a_program_that_says_so(code: int) -> None:
     said = b"[FATAL tini (7)] exec no-such-command failed: No such file or directory"
-    end = exit_of(state(code), last_line=said, oom_event=False, log_truncated=False)
+    end = exit_of(state(code), last_line=said, oom_event=False)
     assert (end.code, end.reason) == (code, Reason.CONFIG_ERROR)
     assert end.message
     assert "exec no-such-command failed: No such file or directory" in end.message
     for line in (b"sh: no-such-command: not found", b"", said + b"!\n", b"x" + said):
-        assert exit_of(state(code), last_line=line, oom_event=False, log_truncated=False).reason is None
-    assert exit_of(state(1), last_line=said, oom_event=False, log_truncated=False).reason is None
+        assert exit_of(state(code), last_line=line, oom_event=False).reason is None
+    assert exit_of(state(1), last_line=said, oom_event=False).reason is None
 
 
 def test_the_engines_own_error_is_the_message() -> None:
     said = "error while creating mount source path"
-    assert exit_of(state(128, Error=said), last_line=b"", oom_event=False, log_truncated=False).message == said
+    assert exit_of(state(128, Error=said), last_line=b"", oom_event=False).message == said
 
 
 def test_a_container_that_ended_before_it_began_has_the_engines_time_all_the_same() -> None:
     """A very short one does, by some milliseconds."""
     early = state(0, FinishedAt="2026-11-23T11:30:00.504345678Z")
-    end = exit_of(early, last_line=b"", oom_event=False, log_truncated=False)
+    end = exit_of(early, last_line=b"", oom_event=False)
     assert end.finished_at == pytest.approx(1795433400.504345)
 
 
 @pytest.mark.parametrize("zero", ["0001-01-01T00:00:00Z", "", None])
 def test_a_time_that_never_was_is_none(zero: str | None) -> None:
-    end = exit_of(state(255, FinishedAt=zero), last_line=b"", oom_event=False, log_truncated=False)
+    end = exit_of(state(255, FinishedAt=zero), last_line=b"", oom_event=False)
     assert end.finished_at is None
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -574,8 +575,11 @@ async def test_a_log_beyond_its_cap_keeps_the_newest_and_says_that_older_is_gone
         tail = await client.get(f"/runners/{runner['runner_id']}/logs?tail=2")
         (slot / "go").touch()
         record = await finished(client, runner, SECONDS)
-        assert (record["state"], record["log_truncated"]) == ("completed", True)
+        assert record["state"] == "completed"
         await docker.all_free(client)
+        late = (await client.get(f"/runners/{runner['runner_id']}")).json()
+        assert late == {**record, "log_truncated": True, "revision": late["revision"], "observed_at": late["observed_at"]}
+        assert (await history(client, runner))[-1]["type"] == "log_truncated"
         for text in (live, await output(client, runner)):
             note, *lines = text.splitlines()
             assert note == "[older output may have been dropped: the log is capped]"
@@ -619,9 +623,10 @@ async def test_a_runner_that_prints_200_mb_costs_the_service_no_memory(serve: Se
         async with client.stream("GET", f"/runners/{runner['runner_id']}/logs?follow=true", timeout=240) as answer:
             size = sum([len(piece) async for piece in answer.aiter_bytes()])
         assert size > 10 * 2**20
-        record = await finished(client, runner, 240)
-        assert (record["state"], record["log_truncated"]) == ("completed", True)
+        record = await finished(client, runner, SOON)
+        assert record["state"] == "completed"
         await docker.all_free(client, slot)
+        assert (await client.get(f"/runners/{runner['runner_id']}")).json()["log_truncated"]
         async with client.stream("GET", f"/runners/{runner['runner_id']}/logs", timeout=60) as answer:
             pieces = [piece async for piece in answer.aiter_bytes()]
         text = b"".join(pieces)
@@ -1039,6 +1044,41 @@ async def test_ends_are_seen_at_once_again_after_the_event_stream_was_cut(
             assert (await finished(client, runner, SOON))["exit_code"] == code
             await proxy.seen("GET /events", seen + 1)
         await docker.all_free(client, slot)
+
+
+async def test_a_success_is_told_by_the_engines_event_alone(
+    service: Service, docker: Docker, proxy: Proxy, slot: Path
+) -> None:
+    async with service(docker.pools(), installation=docker.installation) as client:
+        runners = await live_runners(client, slot, {0: "exit 0", 7: "exit 7"})
+        await proxy.seen("GET /events")
+        proxy.spoil(r"GET /containers/", "wait", None)  # as when the engine takes long to take a network down
+        let_go(slot, 0, 7)
+        record = await finished(client, runners[0], SOON)
+        assert (record["state"], record["exit_code"], record["stale"]) == ("completed", 0, False)
+        about = docker.api.ask(f"/containers/{record['container_id']}/json")["State"]
+        told, known = (datetime.fromisoformat(text) for text in (record["finished_at"], about["FinishedAt"]))
+        assert abs((told - known).total_seconds()) < 1
+        assert (await client.get(runners[7]["links"]["self"])).json()["phase"] != "finished"
+        proxy.heal()
+        assert (await finished(client, runners[7], SECONDS))["exit_code"] == 7
+        assert (await client.get(runners[0]["links"]["self"])).json() == record
+        await docker.all_free(client, slot)
+
+
+async def test_one_that_we_stop_is_looked_at_whatever_the_event_says(
+    service: Service, docker: Docker, proxy: Proxy, slot: Path
+) -> None:
+    async with service(docker.pools(), installation=docker.installation) as client:
+        script = "trap 'exit 0' TERM; echo up >up; while :; do sleep 0.05; done"
+        runner = await launched(client, launch_body(slot, script, pool="docker"))
+        await until(lambda: read(slot / "up"), SECONDS)
+        looks = proxy.count(r"GET /containers/\w+/json")
+        await client.delete(runner["links"]["self"])
+        record = await finished(client, runner, SECONDS)
+        assert (record["state"], record["reason"], record["exit_code"]) == ("failed", "cancelled", 0)
+        assert proxy.count(r"GET /containers/\w+/json") > looks
+        await docker.all_free(client)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,9 @@ _LOG_OVERHEAD = 48
 _MEBIBYTE = 2**20
 _DEFAULT_RUNTIMES = ("", "runc", "crun", "io.containerd.runc.v2")
 
-_NO_COMMAND = (126, 127)
+NO_COMMAND = (126, 127)
+"""What the init process ends with when there is no command that it could become."""
+
 _INIT_SAYS = re.compile(rb"\[FATAL tini \(\d+\)\] (exec .+ failed: .+)")
 
 Json = dict[str, Any]
@@ -246,20 +248,19 @@ def log_may_be_cut(size: int, lines: int, labels: Mapping[str, str]) -> bool:
     return size + lines * _LOG_OVERHEAD > int(log_max_mib) * _MEBIBYTE
 
 
-def exit_of(state: Mapping[str, Any], *, last_line: bytes, oom_event: bool, log_truncated: bool) -> Exit:
+def exit_of(state: Mapping[str, Any], *, last_line: bytes, oom_event: bool) -> Exit:
     """Read the State of an exited container. The engine tells a code alone: of a signal it says 128 and its number.
 
     That there is no such command is known to the init process alone, which says so in the last line of the log.
     """
     code = int(state["ExitCode"])
     message = state.get("Error") or None
-    if code in _NO_COMMAND and (said := _INIT_SAYS.fullmatch(last_line)):
+    if code in NO_COMMAND and (said := _INIT_SAYS.fullmatch(last_line)):
         return Exit(
             code=code,
             reason=Reason.CONFIG_ERROR,
             message=f"the command cannot be run: {said[1].decode(errors='replace')}",
             finished_at=seconds(state.get("FinishedAt")),
-            log_truncated=log_truncated,
         )
     if message is None and code > 128:  # noqa: PLR2004 - the shell's convention
         try:
@@ -274,7 +275,6 @@ def exit_of(state: Mapping[str, Any], *, last_line: bytes, oom_event: bool, log_
         oom_killed=oom_killed,
         message=None if oom_killed else message,
         finished_at=seconds(state.get("FinishedAt")),
-        log_truncated=log_truncated,
     )
 
 

@@ -138,7 +138,7 @@ class Lines:
         """Give up waiting for the cursor: it was dropped, and what lay between it and here may have been too."""
         if self.after is None:
             return
-        yield LogLine(str(self.after), GAP)
+        yield LogLine(str(self.after), GAP, gap=True)
         self.after = None
         for line in self._silent:
             self.at = Cursor.read(line.cursor)

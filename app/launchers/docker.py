@@ -24,11 +24,12 @@ from aiodocker.exceptions import DockerError
 from pydantic import JsonValue
 
 from app.errors import LauncherUnavailable, LaunchRejected, RunnerGone
-from app.launcher import Exited, Found, Gone, Handle, LaunchSpec, LogLine, Observation, Running, Starting
+from app.launcher import Exit, Exited, Found, Gone, Handle, LaunchSpec, LogLine, Observation, Running, Starting
 from app.launchers import registry
 from app.launchers.container import (
     INSTALLATION,
     NAME,
+    NO_COMMAND,
     RUNNER_ID,
     Engine,
     container_config,
@@ -57,6 +58,9 @@ STARTS = 8
 HISTORY_SECONDS = 3600
 PROGRESS_SECONDS = 5.0
 BACKOFF_SECONDS = (0.1, 5.0)
+PODMANS = ("died", "remove")
+"""What Podman calls two events when it is asked for them, and the second also when it tells of it."""
+
 SMALL_LOG_BYTES = 64 * 1024
 FEW = 2
 
@@ -67,14 +71,6 @@ _NO_LOG = (_NOT_FOUND, _CONFLICT)  # gone, or going
 Json = Mapping[str, Any]
 T = TypeVar("T")
 Tell = Callable[[str], None]
-
-
-@dataclass(slots=True)
-class _End:
-    """How a container ended, and its whole log if that is small."""
-
-    exited: Exited
-    lines: tuple[LogLine, ...] | None
 
 
 @dataclass(slots=True, eq=False)
@@ -99,7 +95,8 @@ class DockerLauncher:
         self._tls = _tls(host)
         self._clients: tuple[Docker, Docker] | None = None
         self._about: Engine | None = None
-        self._ends: dict[str, _End] = {}
+        self._ends: dict[str, Exited] = {}
+        self._undisturbed: set[str] = set()
         self._oomed: set[str] = set()
         self._asked: set[str] = set()
         self._orders: dict[str, set[asyncio.Task[Any]]] = {}
@@ -286,18 +283,22 @@ class DockerLauncher:
     # Observe.
 
     async def observe(self, handles: Sequence[Handle]) -> Mapping[str, Observation]:
-        if len(handles) <= FEW:
-            found = {handle.runner_id: await self._find_handle(handle) for handle in handles}
-            return await self._observations({runner_id: about for runner_id, about in found.items() if about}, handles)
-        listed = {entry["Labels"][RUNNER_ID]: entry for entry in await self._list()}
-        asked = {handle.runner_id: listed.get(handle.runner_id) or await self._find_handle(handle) for handle in handles}
-        return await self._observations({runner_id: about for runner_id, about in asked.items() if about}, handles)
+        known = {handle.runner_id: end for handle in handles if (end := self._ends.get(handle.container_id or ""))}
+        asked = [handle for handle in handles if handle.runner_id not in known]
+        try:
+            return known | await self._look(asked)
+        except LauncherUnavailable:
+            if not known:
+                raise
+            return known
 
-    async def _observations(self, found: Mapping[str, Json], handles: Sequence[Handle]) -> Mapping[str, Observation]:
-        """Read containers, listed or looked at; what is not among them is gone. One just being removed is left out."""
+    async def _look(self, handles: Sequence[Handle]) -> dict[str, Observation]:
+        """Ask the engine: what it does not have is gone. One just being removed is left out."""
+        listed = {} if len(handles) <= FEW else {entry["Labels"][RUNNER_ID]: entry for entry in await self._list()}
+        found = {handle.runner_id: listed.get(handle.runner_id) or await self._find_handle(handle) for handle in handles}
         seen: dict[str, Observation] = {}
         for handle in handles:
-            about = found.get(handle.runner_id)
+            about = found[handle.runner_id]
             match _status(about) if about else None:
                 case None:
                     seen[handle.runner_id] = Gone()
@@ -313,12 +314,12 @@ class DockerLauncher:
                             raise
                         continue  # nothing can be said of this one now
                     if end:
-                        seen[handle.runner_id] = end.exited
+                        seen[handle.runner_id] = end
                 case _:
                     seen[handle.runner_id] = Running()
         return seen
 
-    async def _end(self, about: Json) -> _End | None:
+    async def _end(self, about: Json) -> Exited | None:
         """Tell how a container ended; None if it is gone meanwhile."""
         container_id = about["Id"]
         if known := self._ends.get(container_id):
@@ -328,25 +329,31 @@ class DockerLauncher:
             if looked is None or _status(looked) not in _ENDED:
                 return None
             about = looked
-        try:
-            lines, cut = await self._small_log(about)
-        except RunnerGone:
-            if _status(about) != "dead":
-                return None
-            lines, cut = (), True  # its removal failed, and the engine gives no log of it any more
-        last = lines[-1].text if lines else b""
-        end = exit_of(about["State"], last_line=last, oom_event=container_id in self._oomed, log_truncated=cut)
-        known = self._ends[container_id] = _End(Exited(end), lines)
-        return known
+        last_line = b""
+        if about["State"]["ExitCode"] in NO_COMMAND:
+            try:
+                async with aclosing(self._read(container_id, Lines(local=_in_local_log(about)), tail=1)) as reading:
+                    async for line in reading:
+                        last_line = line.text
+            except RunnerGone:
+                if _status(about) != "dead":  # of one whose removal failed the engine gives no log
+                    return None
+        end = Exited(exit_of(about["State"], last_line=last_line, oom_event=container_id in self._oomed))
+        return self._ends.setdefault(container_id, end)
 
     async def watch(self) -> AsyncIterator[str]:
-        """Yield whoever ends, by the engine's events; after every pause also those who ended or vanished in it."""
+        """Yield whoever ends, by the engine's events; after every pause also those who ended or vanished in it.
+
+        Whoever began and ended before these eyes with 0, and nobody signalled it, has told its end with that: there is
+        nothing to ask, and the engine answers nothing of it before it has taken the network down. Of any other end only
+        the engine's record tells the time, as against our stop, and the reason.
+        """
         last = int((time.time() - HISTORY_SECONDS) * 1e9)
         live: set[str] = set()
         failures = 0
         events = {
             "type": ["container"],
-            "event": ["die", "oom", "destroy"],
+            "event": ["start", "kill", "oom", "die", "destroy", *PODMANS],
             "label": [f"{INSTALLATION}={self._installation}"],
         }
         while not self._closed.is_set():
@@ -355,23 +362,40 @@ class DockerLauncher:
             with suppress(LauncherUnavailable, DockerError):
                 async with self._stream("events", params, idle=IDLE_SECONDS) as response:
                     self._about = None  # it may be another engine by now
+                    self._undisturbed.clear()
                     listed = {entry["Labels"][RUNNER_ID]: entry["State"] not in _ENDED for entry in await self._list()}
                     for runner_id in [*(live - listed.keys()), *(name for name, lives in listed.items() if not lives)]:
                         yield runner_id
                     live = {name for name, lives in listed.items() if lives}
                     async for line in response.content:
                         event = json.loads(line)
-                        last, actor = max(last, event["timeNano"]), event["Actor"]  # they come a little out of order
-                        if event["Action"] == "oom":
-                            self._oomed.add(actor["ID"])
-                            continue
-                        if event["Action"] == "destroy":
-                            self._forget(actor["ID"])
-                        live.discard(actor["Attributes"][RUNNER_ID])
-                        yield actor["Attributes"][RUNNER_ID]
+                        last = max(last, event["timeNano"])  # they come a little out of order
+                        if self._heard(event["Action"], event["Actor"], event["timeNano"] / 1e9):
+                            live.discard(event["Actor"]["Attributes"][RUNNER_ID])
+                            yield event["Actor"]["Attributes"][RUNNER_ID]
             failures = 0 if time.monotonic() - opened > BACKOFF_SECONDS[1] else failures + 1
             if failures:
                 await self._pause(min(BACKOFF_SECONDS[1], BACKOFF_SECONDS[0] * 2**failures))
+
+    def _heard(self, action: str, actor: Json, at: float) -> bool:
+        """Note what the engine tells of a container; says whether that is worth a look."""
+        container_id = actor["ID"]
+        match action:
+            case "start":
+                self._undisturbed.add(container_id)
+                return False
+            case "kill":
+                self._undisturbed.discard(container_id)
+                return False
+            case "oom":
+                self._oomed.add(container_id)
+                return False
+            case "destroy" | "remove":
+                self._forget(container_id)
+            case _ if container_id in self._undisturbed and actor["Attributes"].get("exitCode") == "0":
+                self._undisturbed.discard(container_id)
+                self._ends.setdefault(container_id, Exited(Exit(code=0, stopped=False, finished_at=at)))
+        return True
 
     # Stop and remove.
 
@@ -380,6 +404,7 @@ class DockerLauncher:
         container_id = await self._container_id(handle)
         if container_id is None or (grace > 0 and container_id in self._asked):
             return
+        self._undisturbed.discard(container_id)
         try:
             with self._asking(f"stopping {handle.runner_id}", passes=(_NOT_FOUND, _CONFLICT)):
                 await self._docker.containers.container(container_id).kill(signal="SIGKILL" if grace <= 0 else "SIGTERM")
@@ -406,6 +431,7 @@ class DockerLauncher:
 
     def _forget(self, container_id: str) -> None:
         self._ends.pop(container_id, None)
+        self._undisturbed.discard(container_id)
         self._oomed.discard(container_id)
         self._asked.discard(container_id)
 
@@ -430,12 +456,12 @@ class DockerLauncher:
         if found is None:
             raise RunnerGone(f"{self._host} has no container for {handle.runner_id}")
         container_id, ended = found["Id"], _status(found) in _ENDED
-        if ended and after is None and (end := await self._end(found)) and end.lines is not None:
-            for line in end.lines:
+        if after is None and ended and (small := await self._small_log(found)) is not None:
+            for line in small:
                 yield line
             return
         if after is None and await self._may_be_cut(found):
-            yield LogLine("", MAYBE_GAP)
+            yield LogLine("", MAYBE_GAP, gap=True)
         cursor, local = Cursor.read(after) if after else None, _in_local_log(found)
         failures = 0
         while True:
@@ -468,9 +494,13 @@ class DockerLauncher:
                 failures += 1
                 await self._pause(min(BACKOFF_SECONDS[1], BACKOFF_SECONDS[0] * 2**failures))
 
-    async def _read(self, container_id: str, lines: Lines, *, follow: bool = False) -> AsyncGenerator[LogLine]:
-        """Read a log from a cursor on, once."""
+    async def _read(
+        self, container_id: str, lines: Lines, *, follow: bool = False, tail: int | None = None
+    ) -> AsyncGenerator[LogLine]:
+        """Read a log from a cursor on, once; of its end only the last ``tail`` lines."""
         params = {"stdout": "1", "stderr": "1", "timestamps": "1", "follow": str(int(follow))}
+        if tail is not None:
+            params["tail"] = str(tail)
         if lines.after:
             params["since"] = lines.after.since
         frames = Frames()
@@ -485,25 +515,18 @@ class DockerLauncher:
         except DockerError as error:
             raise RunnerGone(f"{self._host}: {error.message}") from error
 
-    async def _small_log(self, about: Json) -> tuple[tuple[LogLine, ...] | None, bool]:
-        """Read the log of an ended container, and say whether its oldest part may be gone. A large one is only measured."""
+    async def _small_log(self, about: Json) -> Sequence[LogLine] | None:
+        """Read the log of an ended container, if it is too small for its oldest part to be gone."""
         lines, kept, size = Lines(local=_in_local_log(about)), list[LogLine](), 0
         async with aclosing(self._read(about["Id"], lines)) as reading:
             async for line in reading:
                 kept.append(line)
                 size += len(line.text)
                 if size > SMALL_LOG_BYTES:
-                    return None, await self._measure(about)
-        kept.extend(lines.end())
-        return tuple(kept), False
+                    return None
+        return [*kept, *lines.end()]
 
-    async def _may_be_cut(self, found: Json) -> bool:
-        if _status(found) in _ENDED:
-            end = await self._end(found)
-            return bool(end and end.exited.exit.log_truncated)
-        return await self._measure(found)
-
-    async def _measure(self, about: Json) -> bool:
+    async def _may_be_cut(self, about: Json) -> bool:
         """Say whether the log has come to its cap, by its size."""
         params = {"stdout": "1", "stderr": "1", "follow": "0"}
         size = lines = 0
@@ -670,11 +693,12 @@ class DockerLauncher:
         """
         try:
             yield
-        except DockerError as error:
+        except DockerError as told:
+            error = _in_dockers_words(told)
             if error.status in passes:
-                raise
+                raise error from told
             if error.status == _NO_CONNECTION:
-                raise self._no_connection(error.__context__, what, acted=acted) from error
+                raise self._no_connection(told.__context__, what, acted=acted) from error
             text = f"{self._host}, {what}: {error.message}"
             if "client version" in error.message and self._clients:  # the engine was exchanged for another
                 self._clients[0].api_version = "auto"
@@ -686,9 +710,9 @@ class DockerLauncher:
             if refused and _never_works(error.message):
                 raise LaunchRejected(error.message, Reason.CONFIG_ERROR) from error
             raise LauncherUnavailable(text, acted=acted) from error
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not self._closed.is_set():
-                raise
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, RuntimeError, AssertionError) as error:
+            if isinstance(error, RuntimeError | AssertionError) and not self._closed.is_set():
+                raise  # a session closed under a call fails by either
             raise self._no_connection(error, what, acted=acted) from error
 
     def _no_connection(self, error: BaseException | None, what: str, *, acted: bool) -> LauncherUnavailable:
@@ -722,6 +746,12 @@ def _in_local_log(about: Json) -> bool:
     return bool(about["HostConfig"]["LogConfig"]["Type"] == "local")
 
 
+def _in_dockers_words(error: DockerError) -> DockerError:
+    """Podman tells some conflicts as faults of its own."""
+    conflict = "already in use" in error.message or "container state improper" in error.message
+    return DockerError(_CONFLICT, error.message) if conflict and error.status == _BROKEN else error
+
+
 def _no_such_image(error: DockerError) -> bool:
     said = error.message.lower()
     return "no such image" in said or "image not known" in said
@@ -732,7 +762,14 @@ def _never_works(said: str) -> bool:
     said = said.lower()
     return any(
         word in said
-        for word in ("could not select device driver", "unknown runtime", "unable to find user", "no matching entries")
+        for word in (
+            "could not select device driver",
+            "unknown runtime",
+            "unable to find user",
+            "no matching entries",
+            "a command that was not found",
+            "oci permission denied",
+        )
     )
 
 

@@ -121,11 +121,11 @@ class LogReader:
                 continue
             line = self._told(time, text)
             if not told_gap:
-                yield LogLine(line.cursor, _GAP)
+                yield LogLine(line.cursor, _GAP, gap=True)
                 told_gap = True
             yield line
         if not held and last:
-            yield LogLine(str(self.cursor), _GAP)
+            yield LogLine(str(self.cursor), _GAP, gap=True)
 
     def _told(self, time: bytes, text: bytes) -> LogLine:
         """Count a line. One second more than the last is read again, for lines whose times are out of order."""
@@ -173,7 +173,7 @@ class KeptLog:
             return lines[found + 1 :]
         known = parse(cursor)
         later = [line for line in lines if known is None or _cursor_time(line) > known.time]
-        gap = [LogLine(later[0].cursor, _GAP)] if later and (self._dropped or known) else []
+        gap = [LogLine(later[0].cursor, _GAP, gap=True)] if later and (self._dropped or known) else []
         return [*gap, *later]
 
 
