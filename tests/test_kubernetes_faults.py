@@ -315,6 +315,25 @@ async def test_an_image_without_a_user_runs_as_nobody_special_and_can_write_its_
     assert lines == [[b"65532"], [b"65532"], [b"/workspace"], [b"NoNewPrivs:", b"1"], [b"CapEff:", b"0000000000000000"]]
 
 
+async def test_where_a_runner_is_and_of_what_image_is_told_while_it_runs_and_after_its_end(house: House) -> None:
+    handle = await house.ready(HANDLES_TERM)
+    pod = await house.pod(handle)
+    seen = await house.see(handle)
+    assert isinstance(seen, Running)
+    assert seen.place.node == pod["spec"]["nodeName"]
+    assert (seen.place.image_digest or "").rpartition("sha256:")[2] == (
+        pod["status"]["containerStatuses"][0]["imageID"].rpartition("sha256:")[2]
+    )
+    await house.launcher.stop(handle, 10)
+    await house.end(handle)
+    async with aclosing(house.reopen()) as other:
+        ended = (await other.observe([handle]))[handle.runner_id]
+        assert isinstance(ended, Exited)
+        assert ended.place == seen.place
+        [found] = await other.list()
+        assert (found.handle.node, found.handle.image_digest) == (seen.place.node, seen.place.image_digest)
+
+
 async def test_a_slot_on_the_node_is_the_workspace(house: House) -> None:
     spec = replace(
         house.spec("exec ls /workspace/passwd", workspace={"kind": "host_path", "read_only": True}), working_dir="/etc"
