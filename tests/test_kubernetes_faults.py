@@ -5,13 +5,15 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import pytest
+from conftest import until, write_pools
 from kubernetes_asyncio.client import ApiException
 from kubernetes_world import IMAGE, Door, Gate, Json, World, cluster_session, write_kubeconfig
 from launcher_contract import COUNTS_SLOWLY, HANDLES_TERM, LINES, LOOP, RUNS_ON, Script, exits, new_id
@@ -20,7 +22,9 @@ from app.errors import LauncherUnavailable, LaunchRejected
 from app.launcher import Exit, Exited, Gone, Handle, LaunchSpec, Observation, Running, Starting
 from app.launchers import open_launcher
 from app.launchers.kubernetes import KubernetesLauncher
+from app.main import create_app
 from app.reason import Reason
+from app.settings import Settings
 
 SECONDS = 120.0
 """Kubelets before 1.22 take up to a minute to let go of a pod that never started."""
@@ -88,6 +92,22 @@ class House:
         (pod,) = await self.world.pods(handle.runner_id)
         return pod
 
+    @asynccontextmanager
+    async def foreign(self, runner_id: str, **labels: str) -> AsyncIterator[None]:
+        """Somebody else's Job, named as ours would be. It must be there at the end."""
+        name = f"necrocode-runner-{runner_id}"
+        template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "x", "image": IMAGE}]}}
+        job = {"metadata": {"name": name, "labels": labels}, "spec": {"parallelism": 0, "template": template}}
+        await self.world.call("POST", "jobs", job)
+        yield
+        assert await self.world.find(f"jobs/{name}")
+        await self.world.call("DELETE", f"jobs/{name}", {"propagationPolicy": "Background"})
+
+    async def gone(self, runner_id: str) -> bool:
+        """Whether the cluster holds nothing of a runner."""
+        kinds = ("jobs", "pods", "secrets")
+        return not any([await self.world.items(kind, f"runner-id={runner_id}") for kind in kinds])
+
     async def log(self, handle: Handle) -> list[bytes]:
         return [line.text async for line in self.launcher.logs(handle)]
 
@@ -122,18 +142,12 @@ async def house(cluster: tuple[World, Json], tmp_path: Path) -> AsyncIterator[Ho
 
 async def test_a_foreign_job_of_that_name_is_no_copy_of_ours(house: House) -> None:
     runner_id = new_id()
-    path = f"jobs/necrocode-runner-{runner_id}"
-    template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "x", "image": IMAGE}]}}
-    await house.world.call(
-        "POST", "jobs", {"metadata": {"name": path[5:]}, "spec": {"parallelism": 0, "template": template}}
-    )
-    with pytest.raises(LaunchRejected, match="not of this service"):
-        await house.launcher.launch(runner_id, house.spec("exit 0"))
-    handle = Handle(runner_id=runner_id)
-    assert await house.see(handle) == Gone()
-    await house.launcher.remove(handle)
-    assert await house.world.find(path)
-    await house.world.call("DELETE", path, {"propagationPolicy": "Background"})
+    async with house.foreign(runner_id):
+        with pytest.raises(LaunchRejected, match="not of this service"):
+            await house.launcher.launch(runner_id, house.spec("exit 0"))
+        handle = Handle(runner_id=runner_id)
+        assert await house.see(handle) == Gone()
+        await house.launcher.remove(handle)
 
 
 async def test_a_namespace_without_room_for_jobs_is_told_as_quota(house: House) -> None:
@@ -416,6 +430,97 @@ async def test_without_a_way_into_the_pod_it_is_deleted(house: House) -> None:
         await house.launcher.ping()
     finally:
         await house.world.call("PATCH", "roles/runner-launcher", {"rules": role["rules"]})
+
+
+# What no record explains.
+
+
+@asynccontextmanager
+async def serving(
+    house: House, tmp_path: Path, script: str, *, now: Callable[[], float] = time.time
+) -> AsyncIterator[httpx.AsyncClient]:
+    """Open the service in this process at a time of the test's choice, with a pool of runners that do this."""
+    config = {
+        "namespace": house.world.namespace,
+        "image": IMAGE,
+        "image_pull_policy": "IfNotPresent",
+        "command": ["sh", "-c", script],
+        "kubeconfig": str(house.kubeconfig),
+    }
+    write_pools(tmp_path / "pools.yaml", {"agents": {"type": "kubernetes", "max_concurrency": 8, "config": config}})
+    settings = Settings(
+        state_dir=tmp_path / "state",
+        pools_file=tmp_path / "pools.yaml",
+        installation=house.installation,
+        slot_roots=(Path("/slots"),),
+    )
+    app = create_app(settings, now=now)
+    async with app.router.lifespan_context(app):
+        headers = {"Authorization": f"Bearer {(tmp_path / 'state' / 'token').read_text().strip()}"}
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers) as client:
+            yield client
+
+
+async def accepted(client: httpx.AsyncClient, slot: str) -> str:
+    body = {
+        "task": {"id": "7", "title": "Wait"},
+        "slot": {"slot_id": slot, "slot_path": f"/slots/{slot}", "repo_url": "https://git.example.org/a.git"},
+        "pool": "agents",
+    }
+    answer = await client.post("/runners", json=body)
+    assert answer.status_code == 201, answer.text
+    return str(answer.json()["runner_id"])
+
+
+async def in_phase(client: httpx.AsyncClient, runner_id: str, wanted: str) -> Json:
+    async def record() -> Json:
+        known: Json = (await client.get(f"/runners/{runner_id}")).json()
+        return known if known.get("phase") == wanted else {}
+
+    return await until(record, SECONDS)
+
+
+async def would_sweep(client: httpx.AsyncClient) -> dict[str, str]:
+    answer = (await client.post("/engines/sweep", params={"dry_run": "true"})).json()
+    assert answer["problems"] == {}
+    return {item["runner_id"]: item["fate"] for item in answer["items"]}
+
+
+async def test_jobs_on_no_record_are_adopted_alive_removed_when_ended_for_long_and_not_touched_when_foreign(
+    house: House, tmp_path: Path
+) -> None:
+    script = "until [ -e /workspace/go ]; do sleep 0.1; done; exit 4"
+    other = {"app": "necrocode-runner", "runner-id": "notes", "runner-launcher/installation": "another"}
+
+    async def tell(runner_id: str) -> None:
+        await house.world.run((await house.pod(Handle(runner_id=runner_id)))["metadata"]["name"], "touch /workspace/go")
+
+    async with house.foreign("notes", **other):
+        async with serving(house, tmp_path, script) as client:
+            live, dead = await accepted(client, "1"), await accepted(client, "2")
+            running = await in_phase(client, live, "running")
+            await in_phase(client, dead, "running")
+            assert running["node"]
+            assert "sha256:" in running["image_digest"]
+        for path in (tmp_path / "state").glob("runners.db*"):
+            path.unlink()
+        await tell(dead)
+        await house.end(Handle(runner_id=dead))
+        async with serving(house, tmp_path, script) as client:
+            adopted = await in_phase(client, live, "running")
+            for name in ("task_id", "slot_id", "pool_name", "job_name", "node", "image_digest", "isolation", "limits"):
+                assert adopted[name] == running[name]
+            assert await would_sweep(client) == {dead: "wait"}
+            assert (await client.get(f"/runners/{dead}")).status_code == 404
+            assert not await house.gone(dead)
+        async with serving(house, tmp_path, script, now=lambda: time.time() + 3600) as client:
+            await until(lambda: house.gone(dead), SECONDS)
+            await tell(live)
+            ended = await in_phase(client, live, "finished")
+            assert (ended["reason"], ended["exit_code"]) == ("exit_nonzero", 4)
+            await until(lambda: house.gone(live), SECONDS)
+            assert await would_sweep(client) == {}
 
 
 # A connection that breaks, an API that forgets, credentials that run out.

@@ -57,7 +57,10 @@ KEEP_SECONDS = 10.0
 """How long a log that is read as its pod ends is waited for: before the deletion to begin, and after the end to be whole."""
 
 KILL_SECONDS = 5.0
-GONE_SECONDS = 60.0
+GONE_SECONDS = 100.0
+"""How long a pod may take to be gone. A kubelet of 1.20 lets go of one that never ran when it next collects its garbage,
+once a minute, and tells the API so within ten seconds more."""
+
 NEEDED = (
     ("create", "jobs"), ("get", "jobs"), ("list", "jobs"), ("watch", "jobs"), ("patch", "jobs"), ("delete", "jobs"),
     ("list", "pods"), ("watch", "pods"), ("delete", "pods"), ("get", "pods/log"),
