@@ -29,6 +29,8 @@ from app.settings import Settings
 SECONDS = 120.0
 """Kubelets before 1.22 take up to a minute to let go of a pod that never started."""
 
+LOST_LOG = b"[the log is lost: its container was taken away before it could be read]"
+
 pytestmark = pytest.mark.timeout(300)
 NOWHERE = {"node_selector": {"runner-launcher-test/nowhere": "yes"}}
 
@@ -301,13 +303,25 @@ async def test_a_stop_at_any_moment_of_a_start_loses_neither_code_nor_log(house:
         await asyncio.sleep(seconds)
         await house.launcher.stop(handle, 10)
         end, log = await house.end(handle), await house.log(handle)
-        assert end.stopped is not False
-        if end.code is None:
+        assert end.stopped is True
+        assert end.code in {None, 9, 128, 137, 143}
+        if end.code == 9:
+            assert log in ([b"ready", b"bye"], [LOST_LOG]), (end, log)
+        if "before it started" in (end.message or ""):
             assert not set(log) & {b"ready", b"bye"}, f"stopped after {seconds} s it is said to have begun nothing: {end}"
-        else:
-            assert log == [b"ready", b"bye"] if end.code == 9 else end.code in {128, 137, 143}, (end, log)
 
     await asyncio.gather(*(stopped_after(step / 4) for step in range(16)))
+
+
+async def test_a_program_that_ends_in_the_second_of_its_stop_keeps_its_own_end(house: House) -> None:
+    async def stopped_at_its_end() -> None:
+        handle = await house.ready(replace(RUNS_ON, sh="echo ready; until [ -e go ]; do sleep 0.05; done; exit 7"))
+        await house.world.run((await house.pod(handle))["metadata"]["name"], "touch go; sleep 0.2")
+        await house.launcher.stop(handle, 10)
+        end = await house.end(handle)
+        assert (end.code, end.stopped) in [(7, False), (143, True)], end
+
+    await asyncio.gather(*(stopped_at_its_end() for _ in range(4)))
 
 
 # What a runner finds.
@@ -396,8 +410,10 @@ async def test_a_second_pod_is_noticed_by_a_service_that_was_down(house: House) 
         await asyncio.sleep(0.1)
     async with aclosing(house.reopen()) as house.launcher:
         end = await house.end(handle)
-    assert (end.code, end.reason) == (None, Reason.DELETED)
-    assert "second pod" in (end.message or "")
+        assert (end.code, end.reason) == (None, Reason.DELETED)
+        assert "second pod" in (end.message or "")
+        assert await house.log(handle) == [b"[the log is lost: its pod was deleted]"]
+        assert [line.text async for line in house.launcher.logs(handle, follow=True, after="lost")] == []
 
 
 async def test_a_job_deleted_with_its_pod_left_running_is_not_gone_while_that_lives(house: House) -> None:

@@ -154,7 +154,8 @@ class KubernetesLauncher:
                 elif pod:
                     reader = LogReader(parse(after))
                     async for line in self._read_log(pod, reader, follow=follow and not ended):
-                        yield line
+                        if line.cursor != LOST or (ended and after != LOST):
+                            yield line
                     after = str(reader.cursor) if reader.cursor else after
                 elif ended and after != LOST:
                     yield LogLine(LOST, b"[the log is lost: its pod was deleted]")
@@ -479,8 +480,9 @@ class KubernetesLauncher:
         seen = (await self.observe([Handle(runner_id=runner_id)])).get(runner_id)
         if isinstance(seen, Gone):
             raise RunnerGone(f"namespace {self._cluster.namespace} has no runner {runner_id}")
-        known = sorted(self._known(runner_id), key=lambda pod: pod.created_at)
-        return known[0] if known else None, isinstance(seen, Exited)
+        job = await self._job(runner_id)
+        known = [pod for pod in self._known(runner_id) if not (job and job.first_pod) or pod.uid == job.first_pod]
+        return min(known, key=lambda pod: pod.created_at, default=None), isinstance(seen, Exited)
 
     async def _read_log(
         self, pod: Pod, reader: LogReader, *, follow: bool, begun: asyncio.Event | None = None
