@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -371,6 +372,48 @@ async def test_a_slot_on_the_node_is_the_workspace(house: House) -> None:
     assert await house.log(handle) == [b"/workspace/passwd"]
 
 
+async def test_a_slot_in_a_claim_is_a_workspace_that_the_runners_user_can_write(house: House) -> None:
+    name, world = f"runner-launcher-test-{secrets.token_hex(4)}", house.world
+
+    async def as_root(script: str) -> str | None:
+        """Do something in the node's /var/tmp, and give the node."""
+        options = {"workspace": {"kind": "host_path"}, "run_as_user": 0}
+        spec = replace(house.spec(f"cd /workspace && {script}", **options), working_dir="/var/tmp")  # noqa: S108
+        handle = await house.launcher.launch(new_id(), spec)
+        ended = await house.until(handle, lambda seen: isinstance(seen, Exited))
+        assert ended.exit.code == 0
+        node: str | None = ended.place.node
+        return node
+
+    node = await as_root(f"mkdir {name}")
+    one_node = {"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}
+    volume = {
+        "metadata": {"name": name},
+        "spec": {
+            "capacity": {"storage": "1Mi"},
+            "accessModes": ["ReadWriteOnce"],
+            "storageClassName": name,
+            "local": {"path": f"/var/tmp/{name}"},  # noqa: S108 - of the node; a kind of volume that knows fsGroup
+            "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [one_node]}]}},
+        },
+    }
+    wanted = {"accessModes": ["ReadWriteOnce"], "storageClassName": name, "resources": {"requests": {"storage": "1Mi"}}}
+    await world.call("POST", "/api/v1/persistentvolumes", volume)
+    await world.call("POST", "persistentvolumeclaims", {"metadata": {"name": "slots"}, "spec": wanted})
+    try:
+        for script, output in (("echo once >file; id -u; pwd", [b"65532", b"/workspace"]), ("cat file", [b"once"])):
+            workspace = {"kind": "pvc", "claim": "slots", "root": "/slots"}
+            spec = replace(house.spec(script, workspace=workspace), working_dir="/slots/team/s1")
+            handle = await house.launcher.launch(new_id(), spec)
+            assert (await house.end(handle)).code == 0
+            assert await house.log(handle) == output
+            await house.launcher.remove(handle)
+        await as_root(f"cat {name}/team/s1/file && rm -r {name}")
+    finally:
+        await world.call("DELETE", "persistentvolumeclaims/slots")
+        await world.call("DELETE", f"/api/v1/persistentvolumes/{name}")
+
+
 # What others do behind our back.
 
 
@@ -635,6 +678,10 @@ async def test_a_launch_that_is_refused_finds_what_an_earlier_one_made(house: Ho
         gate.answer("POST /apis/batch", 403)
         with pytest.raises(LaunchRejected, match="injected 403"):
             await launcher.launch(new_id(), house.spec("exit 0"))
+        gate.answer("POST /apis/batch", 409)  # two writers met at a quota, say: no Job of that name is there
+        with pytest.raises(LauncherUnavailable, match="injected 409") as conflict:
+            await launcher.launch(new_id(), house.spec("exit 0"))
+        assert not conflict.value.acted
         gate.answer("POST /apis/batch", 403)
         gate.answer("GET /apis/batch/v1/namespaces/" + house.world.namespace + "/jobs/", 403)
         with pytest.raises(LauncherUnavailable, match="cannot be read") as unknown:
