@@ -98,9 +98,19 @@ class Starting:
     problem: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a runner is, and of what image, where its engine decides that after it has accepted the launch."""
+
+    node: str | None = None
+    image_digest: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Running:
     """The main process runs."""
+
+    place: Place = field(default=Place(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +118,7 @@ class Exited:
     """The main process ended, and nothing it left behind lives. The same answer every time until ``remove``."""
 
     exit: Exit
+    place: Place = field(default=Place(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import assert_never
 
-from app.launcher import Exit, Exited, Gone, Handle, Observation, Running, Starting
+from app.launcher import Exit, Exited, Gone, Handle, Observation, Place, Running, Starting
 from app.reason import Reason
 
 KILL_AGAIN_SECONDS = 5.0
@@ -290,12 +290,12 @@ def _live(runner: Runner, seen: Observation | None, now: float, since: float) ->
     match seen:
         case None:
             return Look()
-        case Exited(exit=end):
-            return Become(ended(runner, end, now), "finished")
+        case Exited(exit=end, place=place):
+            return Become(ended(placed(runner, place), end, now), "finished")
         case Gone():
             return Become(vanished(runner, now), "finished")
-        case Running() if runner.phase is Phase.STARTING:
-            return Become(replace(runner, phase=Phase.RUNNING, observed_at=now), "running")
+        case Running(place=place) if runner.phase is Phase.STARTING:
+            return Become(replace(placed(runner, place), phase=Phase.RUNNING, observed_at=now), "running")
         case Starting() | Running():
             return _stopping(runner.stop, now) if runner.stop else _overdue(runner, seen, now, since)
         case _:
@@ -421,6 +421,15 @@ def accepted(runner: Runner, handle: Handle, now: float) -> Runner:
     """The runner after the engine's yes. A stop asked for meanwhile starts now."""
     phase = Phase.STOPPING if runner.stop else Phase.STARTING
     return replace(runner, phase=phase, handle=handle, started_at=now, observed_at=now, message=None)
+
+
+def placed(runner: Runner, place: Place) -> Runner:
+    """The runner with what its engine has told since of where it is; what is known already stays."""
+    handle = runner.handle
+    if handle is None:
+        return runner
+    node, digest = handle.node or place.node, handle.image_digest or place.image_digest
+    return replace(runner, handle=replace(handle, node=node, image_digest=digest))
 
 
 def stop_asked(runner: Runner, message: str, grace: float, now: float) -> Runner:

@@ -157,6 +157,8 @@ async def test_the_service_does_its_job_in_a_cluster_with_the_minimal_role(owner
         ended = await asked(here.launchers, *LAUNCH, "--wait")
         assert (ended["state"], ended["exit_code"]) == ("completed", 0), ended
         assert ended["job_name"] == f"necrocode-runner-{ended['runner_id']}"
+        assert ended["node"]
+        assert "sha256:" in ended["image_digest"]
 
         async def permitted() -> bool:
             [engine] = await asked(here.launchers, "engines")

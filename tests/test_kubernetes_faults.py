@@ -3,15 +3,18 @@
 import asyncio
 import contextlib
 import os
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import pytest
+from conftest import until, write_pools
 from kubernetes_asyncio.client import ApiException
 from kubernetes_world import IMAGE, Door, Gate, Json, World, cluster_session, write_kubeconfig
 from launcher_contract import COUNTS_SLOWLY, HANDLES_TERM, LINES, LOOP, RUNS_ON, Script, exits, new_id
@@ -20,10 +23,14 @@ from app.errors import LauncherUnavailable, LaunchRejected
 from app.launcher import Exit, Exited, Gone, Handle, LaunchSpec, Observation, Running, Starting
 from app.launchers import open_launcher
 from app.launchers.kubernetes import KubernetesLauncher
+from app.main import create_app
 from app.reason import Reason
+from app.settings import Settings
 
 SECONDS = 120.0
 """Kubelets before 1.22 take up to a minute to let go of a pod that never started."""
+
+LOST_LOG = b"[the log is lost: its container was taken away before it could be read]"
 
 pytestmark = pytest.mark.timeout(300)
 NOWHERE = {"node_selector": {"runner-launcher-test/nowhere": "yes"}}
@@ -88,6 +95,22 @@ class House:
         (pod,) = await self.world.pods(handle.runner_id)
         return pod
 
+    @asynccontextmanager
+    async def foreign(self, runner_id: str, **labels: str) -> AsyncIterator[None]:
+        """Somebody else's Job, named as ours would be. It must be there at the end."""
+        name = f"necrocode-runner-{runner_id}"
+        template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "x", "image": IMAGE}]}}
+        job = {"metadata": {"name": name, "labels": labels}, "spec": {"parallelism": 0, "template": template}}
+        await self.world.call("POST", "jobs", job)
+        yield
+        assert await self.world.find(f"jobs/{name}")
+        await self.world.call("DELETE", f"jobs/{name}", {"propagationPolicy": "Background"})
+
+    async def gone(self, runner_id: str) -> bool:
+        """Whether the cluster holds nothing of a runner."""
+        kinds = ("jobs", "pods", "secrets")
+        return not any([await self.world.items(kind, f"runner-id={runner_id}") for kind in kinds])
+
     async def log(self, handle: Handle) -> list[bytes]:
         return [line.text async for line in self.launcher.logs(handle)]
 
@@ -122,18 +145,12 @@ async def house(cluster: tuple[World, Json], tmp_path: Path) -> AsyncIterator[Ho
 
 async def test_a_foreign_job_of_that_name_is_no_copy_of_ours(house: House) -> None:
     runner_id = new_id()
-    path = f"jobs/necrocode-runner-{runner_id}"
-    template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "x", "image": IMAGE}]}}
-    await house.world.call(
-        "POST", "jobs", {"metadata": {"name": path[5:]}, "spec": {"parallelism": 0, "template": template}}
-    )
-    with pytest.raises(LaunchRejected, match="not of this service"):
-        await house.launcher.launch(runner_id, house.spec("exit 0"))
-    handle = Handle(runner_id=runner_id)
-    assert await house.see(handle) == Gone()
-    await house.launcher.remove(handle)
-    assert await house.world.find(path)
-    await house.world.call("DELETE", path, {"propagationPolicy": "Background"})
+    async with house.foreign(runner_id):
+        with pytest.raises(LaunchRejected, match="not of this service"):
+            await house.launcher.launch(runner_id, house.spec("exit 0"))
+        handle = Handle(runner_id=runner_id)
+        assert await house.see(handle) == Gone()
+        await house.launcher.remove(handle)
 
 
 async def test_a_namespace_without_room_for_jobs_is_told_as_quota(house: House) -> None:
@@ -287,13 +304,25 @@ async def test_a_stop_at_any_moment_of_a_start_loses_neither_code_nor_log(house:
         await asyncio.sleep(seconds)
         await house.launcher.stop(handle, 10)
         end, log = await house.end(handle), await house.log(handle)
-        assert end.stopped is not False
-        if end.code is None:
+        assert end.stopped is True
+        assert end.code in {None, 9, 128, 137, 143}
+        if end.code == 9:
+            assert log in ([b"ready", b"bye"], [LOST_LOG]), (end, log)
+        if "before it started" in (end.message or ""):
             assert not set(log) & {b"ready", b"bye"}, f"stopped after {seconds} s it is said to have begun nothing: {end}"
-        else:
-            assert log == [b"ready", b"bye"] if end.code == 9 else end.code in {128, 137, 143}, (end, log)
 
     await asyncio.gather(*(stopped_after(step / 4) for step in range(16)))
+
+
+async def test_a_program_that_ends_in_the_second_of_its_stop_keeps_its_own_end(house: House) -> None:
+    async def stopped_at_its_end() -> None:
+        handle = await house.ready(replace(RUNS_ON, sh="echo ready; until [ -e go ]; do sleep 0.05; done; exit 7"))
+        await house.world.run((await house.pod(handle))["metadata"]["name"], "touch go; sleep 0.2")
+        await house.launcher.stop(handle, 10)
+        end = await house.end(handle)
+        assert (end.code, end.stopped) in [(7, False), (143, True)], end
+
+    await asyncio.gather(*(stopped_at_its_end() for _ in range(4)))
 
 
 # What a runner finds.
@@ -315,6 +344,25 @@ async def test_an_image_without_a_user_runs_as_nobody_special_and_can_write_its_
     assert lines == [[b"65532"], [b"65532"], [b"/workspace"], [b"NoNewPrivs:", b"1"], [b"CapEff:", b"0000000000000000"]]
 
 
+async def test_where_a_runner_is_and_of_what_image_is_told_while_it_runs_and_after_its_end(house: House) -> None:
+    handle = await house.ready(HANDLES_TERM)
+    pod = await house.pod(handle)
+    seen = await house.see(handle)
+    assert isinstance(seen, Running)
+    assert seen.place.node == pod["spec"]["nodeName"]
+    assert (seen.place.image_digest or "").rpartition("sha256:")[2] == (
+        pod["status"]["containerStatuses"][0]["imageID"].rpartition("sha256:")[2]
+    )
+    await house.launcher.stop(handle, 10)
+    await house.end(handle)
+    async with aclosing(house.reopen()) as other:
+        ended = (await other.observe([handle]))[handle.runner_id]
+        assert isinstance(ended, Exited)
+        assert ended.place == seen.place
+        [found] = await other.list()
+        assert (found.handle.node, found.handle.image_digest) == (seen.place.node, seen.place.image_digest)
+
+
 async def test_a_slot_on_the_node_is_the_workspace(house: House) -> None:
     spec = replace(
         house.spec("exec ls /workspace/passwd", workspace={"kind": "host_path", "read_only": True}), working_dir="/etc"
@@ -322,6 +370,48 @@ async def test_a_slot_on_the_node_is_the_workspace(house: House) -> None:
     handle = await house.launcher.launch(new_id(), spec)
     assert (await house.end(handle)).code == 0
     assert await house.log(handle) == [b"/workspace/passwd"]
+
+
+async def test_a_slot_in_a_claim_is_a_workspace_that_the_runners_user_can_write(house: House) -> None:
+    name, world = f"runner-launcher-test-{secrets.token_hex(4)}", house.world
+
+    async def as_root(script: str) -> str | None:
+        """Do something in the node's /var/tmp, and give the node."""
+        options = {"workspace": {"kind": "host_path"}, "run_as_user": 0}
+        spec = replace(house.spec(f"cd /workspace && {script}", **options), working_dir="/var/tmp")  # noqa: S108
+        handle = await house.launcher.launch(new_id(), spec)
+        ended = await house.until(handle, lambda seen: isinstance(seen, Exited))
+        assert ended.exit.code == 0
+        node: str | None = ended.place.node
+        return node
+
+    node = await as_root(f"mkdir {name}")
+    one_node = {"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}
+    volume = {
+        "metadata": {"name": name},
+        "spec": {
+            "capacity": {"storage": "1Mi"},
+            "accessModes": ["ReadWriteOnce"],
+            "storageClassName": name,
+            "local": {"path": f"/var/tmp/{name}"},  # noqa: S108 - of the node; a kind of volume that knows fsGroup
+            "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [one_node]}]}},
+        },
+    }
+    wanted = {"accessModes": ["ReadWriteOnce"], "storageClassName": name, "resources": {"requests": {"storage": "1Mi"}}}
+    await world.call("POST", "/api/v1/persistentvolumes", volume)
+    await world.call("POST", "persistentvolumeclaims", {"metadata": {"name": "slots"}, "spec": wanted})
+    try:
+        for script, output in (("echo once >file; id -u; pwd", [b"65532", b"/workspace"]), ("cat file", [b"once"])):
+            workspace = {"kind": "pvc", "claim": "slots", "root": "/slots"}
+            spec = replace(house.spec(script, workspace=workspace), working_dir="/slots/team/s1")
+            handle = await house.launcher.launch(new_id(), spec)
+            assert (await house.end(handle)).code == 0
+            assert await house.log(handle) == output
+            await house.launcher.remove(handle)
+        await as_root(f"cat {name}/team/s1/file && rm -r {name}")
+    finally:
+        await world.call("DELETE", "persistentvolumeclaims/slots")
+        await world.call("DELETE", f"/api/v1/persistentvolumes/{name}")
 
 
 # What others do behind our back.
@@ -363,8 +453,10 @@ async def test_a_second_pod_is_noticed_by_a_service_that_was_down(house: House) 
         await asyncio.sleep(0.1)
     async with aclosing(house.reopen()) as house.launcher:
         end = await house.end(handle)
-    assert (end.code, end.reason) == (None, Reason.DELETED)
-    assert "second pod" in (end.message or "")
+        assert (end.code, end.reason) == (None, Reason.DELETED)
+        assert "second pod" in (end.message or "")
+        assert await house.log(handle) == [b"[the log is lost: its pod was deleted]"]
+        assert [line.text async for line in house.launcher.logs(handle, follow=True, after="lost")] == []
 
 
 async def test_a_job_deleted_with_its_pod_left_running_is_not_gone_while_that_lives(house: House) -> None:
@@ -397,6 +489,97 @@ async def test_without_a_way_into_the_pod_it_is_deleted(house: House) -> None:
         await house.launcher.ping()
     finally:
         await house.world.call("PATCH", "roles/runner-launcher", {"rules": role["rules"]})
+
+
+# What no record explains.
+
+
+@asynccontextmanager
+async def serving(
+    house: House, tmp_path: Path, script: str, *, now: Callable[[], float] = time.time
+) -> AsyncIterator[httpx.AsyncClient]:
+    """Open the service in this process at a time of the test's choice, with a pool of runners that do this."""
+    config = {
+        "namespace": house.world.namespace,
+        "image": IMAGE,
+        "image_pull_policy": "IfNotPresent",
+        "command": ["sh", "-c", script],
+        "kubeconfig": str(house.kubeconfig),
+    }
+    write_pools(tmp_path / "pools.yaml", {"agents": {"type": "kubernetes", "max_concurrency": 8, "config": config}})
+    settings = Settings(
+        state_dir=tmp_path / "state",
+        pools_file=tmp_path / "pools.yaml",
+        installation=house.installation,
+        slot_roots=(Path("/slots"),),
+    )
+    app = create_app(settings, now=now)
+    async with app.router.lifespan_context(app):
+        headers = {"Authorization": f"Bearer {(tmp_path / 'state' / 'token').read_text().strip()}"}
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers) as client:
+            yield client
+
+
+async def accepted(client: httpx.AsyncClient, slot: str) -> str:
+    body = {
+        "task": {"id": "7", "title": "Wait"},
+        "slot": {"slot_id": slot, "slot_path": f"/slots/{slot}", "repo_url": "https://git.example.org/a.git"},
+        "pool": "agents",
+    }
+    answer = await client.post("/runners", json=body)
+    assert answer.status_code == 201, answer.text
+    return str(answer.json()["runner_id"])
+
+
+async def in_phase(client: httpx.AsyncClient, runner_id: str, wanted: str) -> Json:
+    async def record() -> Json:
+        known: Json = (await client.get(f"/runners/{runner_id}")).json()
+        return known if known.get("phase") == wanted else {}
+
+    return await until(record, SECONDS)
+
+
+async def would_sweep(client: httpx.AsyncClient) -> dict[str, str]:
+    answer = (await client.post("/engines/sweep", params={"dry_run": "true"})).json()
+    assert answer["problems"] == {}
+    return {item["runner_id"]: item["fate"] for item in answer["items"]}
+
+
+async def test_jobs_on_no_record_are_adopted_alive_removed_when_ended_for_long_and_not_touched_when_foreign(
+    house: House, tmp_path: Path
+) -> None:
+    script = "until [ -e /workspace/go ]; do sleep 0.1; done; exit 4"
+    other = {"app": "necrocode-runner", "runner-id": "notes", "runner-launcher/installation": "another"}
+
+    async def tell(runner_id: str) -> None:
+        await house.world.run((await house.pod(Handle(runner_id=runner_id)))["metadata"]["name"], "touch /workspace/go")
+
+    async with house.foreign("notes", **other):
+        async with serving(house, tmp_path, script) as client:
+            live, dead = await accepted(client, "1"), await accepted(client, "2")
+            running = await in_phase(client, live, "running")
+            await in_phase(client, dead, "running")
+            assert running["node"]
+            assert "sha256:" in running["image_digest"]
+        for path in (tmp_path / "state").glob("runners.db*"):
+            path.unlink()
+        await tell(dead)
+        await house.end(Handle(runner_id=dead))
+        async with serving(house, tmp_path, script) as client:
+            adopted = await in_phase(client, live, "running")
+            for name in ("task_id", "slot_id", "pool_name", "job_name", "node", "image_digest", "isolation", "limits"):
+                assert adopted[name] == running[name]
+            assert await would_sweep(client) == {dead: "wait"}
+            assert (await client.get(f"/runners/{dead}")).status_code == 404
+            assert not await house.gone(dead)
+        async with serving(house, tmp_path, script, now=lambda: time.time() + 3600) as client:
+            await until(lambda: house.gone(dead), SECONDS)
+            await tell(live)
+            ended = await in_phase(client, live, "finished")
+            assert (ended["reason"], ended["exit_code"]) == ("exit_nonzero", 4)
+            await until(lambda: house.gone(live), SECONDS)
+            assert await would_sweep(client) == {}
 
 
 # A connection that breaks, an API that forgets, credentials that run out.
@@ -495,6 +678,10 @@ async def test_a_launch_that_is_refused_finds_what_an_earlier_one_made(house: Ho
         gate.answer("POST /apis/batch", 403)
         with pytest.raises(LaunchRejected, match="injected 403"):
             await launcher.launch(new_id(), house.spec("exit 0"))
+        gate.answer("POST /apis/batch", 409)  # two writers met at a quota, say: no Job of that name is there
+        with pytest.raises(LauncherUnavailable, match="injected 409") as conflict:
+            await launcher.launch(new_id(), house.spec("exit 0"))
+        assert not conflict.value.acted
         gate.answer("POST /apis/batch", 403)
         gate.answer("GET /apis/batch/v1/namespaces/" + house.world.namespace + "/jobs/", 403)
         with pytest.raises(LauncherUnavailable, match="cannot be read") as unknown:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from app.launcher import Exit, Exited, Observation, Running, Starting
+from app.launcher import Exit, Exited, Observation, Place, Running, Starting
 from app.launchers.pod import (
     Conclude,
     Held,
@@ -135,6 +135,25 @@ def test_out_of_memory_needs_a_non_zero_end() -> None:
 def test_a_pod_that_shows_no_container_is_not_over_while_it_runs() -> None:
     assert seen(job(), pod(state=RUNNING, phase="Running")) == Running()
     assert seen(job(), pod(state=RUNNING, phase="Unknown", reason="NodeLost")) == Running()
+
+
+@pytest.mark.parametrize(
+    ("image", "told"),
+    [
+        ("docker.io/library/busybox@sha256:1", "docker.io/library/busybox@sha256:1"),
+        ("docker-pullable://busybox@sha256:1", "busybox@sha256:1"),
+        ("docker://sha256:2", "sha256:2"),
+        ("sha256:2", "sha256:2"),
+        ("", None),
+    ],
+)
+def test_node_and_image_are_told_of_what_runs_and_of_what_ran(image: str, told: str | None) -> None:
+    for state, phase in ((RUNNING, "Running"), (ended(3), "Failed")):
+        one = pod(state=state, phase=phase)
+        one["status"]["containerStatuses"][0]["imageID"] = image
+        answer = seen(job(), one)
+        assert isinstance(answer, Running | Exited)
+        assert answer.place == Place(node="n", image_digest=told)
 
 
 def test_a_failed_init_container_is_told() -> None:

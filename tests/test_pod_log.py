@@ -69,6 +69,22 @@ def test_a_log_that_is_empty_by_now_is_a_gap() -> None:
     assert [b"rotated" in line.text for line in read([], cursor)] == [True]
 
 
+@pytest.mark.parametrize(
+    "complaint",
+    [
+        b"unable to retrieve container logs for docker://2485dd403e2a",
+        b"rpc error: code = Unknown desc = Error: No such container: 2485dd403e2a",
+    ],
+)
+def test_a_node_that_complains_in_place_of_a_log_has_lost_it(complaint: bytes) -> None:
+    assert [line.text for line in read([complaint])] == [
+        b"[the log is lost: its container was taken away before it could be read]"
+    ]
+    cursor = read(written([0.1, 0.2]))[1].cursor
+    assert [b"rotated" in line.text for line in read([complaint], cursor)] == [True]
+    assert [line.text for line in read([*written([0.1]), complaint])] == [b"line 0"]
+
+
 def test_nothing_new_is_no_gap() -> None:
     lines = written([0.1, 0.2])
     assert read(lines, read(lines)[1].cursor) == []

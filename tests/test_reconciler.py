@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from app.errors import LauncherError, LauncherUnavailable, LaunchRejected, PoolFull, SlotBusy
 from app.events import Change, Feed
-from app.launcher import Exit, Handle, LaunchSpec, Running
+from app.launcher import Exit, Handle, LaunchSpec, Place, Running
 from app.launchers.fake import FakeLauncher, FakeWorld
 from app.logs import Spool
 from app.ownership import Ownership
@@ -1215,6 +1215,16 @@ async def test_an_end_that_the_watch_missed_is_found_by_the_resync(house: House)
     await house.advance(RESYNC_SECONDS)
     assert (await house.get(name)).exit_code == 8
     assert (await house.get(starting)).phase is Phase.RUNNING
+
+
+@simulated
+async def test_where_a_runner_is_gets_on_record_when_its_engine_tells(house: House) -> None:
+    name = await house.launch("starting=no node yet")
+    assert (await house.get(name)).handle == house.world.runners[name].handle
+    house.world.happen(name, Running(Place(node="node-1", image_digest="sha256:1")))
+    await house.settle()
+    handle = (await house.get(name)).handle
+    assert handle == replace(house.world.runners[name].handle, node="node-1", image_digest="sha256:1")
 
 
 @simulated

@@ -1,6 +1,7 @@
 """The pure core by tables: what to do next with a runner, how it changes, and that its end is told truthfully."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from app.launcher import Enforcement, Exit, Exited, Gone, Handle, Observation, Running, Starting
+from app.launcher import Enforcement, Exit, Exited, Gone, Handle, Observation, Place, Running, Starting
 from app.reason import Reason
 from app.runner import (
     LIVE,
@@ -290,6 +291,19 @@ def test_an_exit_or_a_disappearance_ends_it_in_every_phase_whatever_the_time(pha
 )
 def test_a_live_runner_runs_on_or_is_being_ended(runner: Runner, seen: Observation, now: float, step: str) -> None:
     assert told(decide(runner, seen, now, T)) == step
+
+
+@pytest.mark.parametrize("seen", [Running, lambda place: Exited(Exit(code=0), place)])
+def test_where_it_is_fills_only_what_is_not_known_yet(seen: Callable[[Place], Observation]) -> None:
+    for known, told_now, then in (
+        ((None, None), ("n1", "sha256:1"), ("n1", "sha256:1")),
+        (("n1", None), ("n2", "sha256:2"), ("n1", "sha256:2")),
+        (("n1", "sha256:1"), (None, None), ("n1", "sha256:1")),
+    ):
+        runner = yes(handle=replace(HANDLE, node=known[0], image_digest=known[1]))
+        step = decide(runner, seen(Place(node=told_now[0], image_digest=told_now[1])), T + 2, T)
+        assert isinstance(step, Become)
+        assert step.runner.handle == replace(HANDLE, node=then[0], image_digest=then[1])
 
 
 TIMED = Policy(run_timeout_seconds=60, heartbeat_timeout_seconds=20)

@@ -57,7 +57,10 @@ KEEP_SECONDS = 10.0
 """How long a log that is read as its pod ends is waited for: before the deletion to begin, and after the end to be whole."""
 
 KILL_SECONDS = 5.0
-GONE_SECONDS = 60.0
+GONE_SECONDS = 100.0
+"""How long a pod may take to be gone. A kubelet of 1.20 lets go of one that never ran when it next collects its garbage,
+once a minute, and tells the API so within ten seconds more."""
+
 NEEDED = (
     ("create", "jobs"), ("get", "jobs"), ("list", "jobs"), ("watch", "jobs"), ("patch", "jobs"), ("delete", "jobs"),
     ("list", "pods"), ("watch", "pods"), ("delete", "pods"), ("get", "pods/log"),
@@ -151,7 +154,8 @@ class KubernetesLauncher:
                 elif pod:
                     reader = LogReader(parse(after))
                     async for line in self._read_log(pod, reader, follow=follow and not ended):
-                        yield line
+                        if line.cursor != LOST or (ended and after != LOST):
+                            yield line
                     after = str(reader.cursor) if reader.cursor else after
                 elif ended and after != LOST:
                     yield LogLine(LOST, b"[the log is lost: its pod was deleted]")
@@ -476,8 +480,9 @@ class KubernetesLauncher:
         seen = (await self.observe([Handle(runner_id=runner_id)])).get(runner_id)
         if isinstance(seen, Gone):
             raise RunnerGone(f"namespace {self._cluster.namespace} has no runner {runner_id}")
-        known = sorted(self._known(runner_id), key=lambda pod: pod.created_at)
-        return known[0] if known else None, isinstance(seen, Exited)
+        job = await self._job(runner_id)
+        known = [pod for pod in self._known(runner_id) if not (job and job.first_pod) or pod.uid == job.first_pod]
+        return min(known, key=lambda pod: pod.created_at, default=None), isinstance(seen, Exited)
 
     async def _read_log(
         self, pod: Pod, reader: LogReader, *, follow: bool, begun: asyncio.Event | None = None

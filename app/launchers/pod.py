@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from app.job_template import CONTAINER
-from app.launcher import Exit, Exited, Observation, Running, Starting
+from app.launcher import Exit, Exited, Observation, Place, Running, Starting
 from app.launchers.job import IDENTITY, LAUNCH_TIMEOUT, RUNNER
 from app.reason import Reason
 
@@ -44,6 +44,8 @@ _NOT_FOUND = re.compile(
 )
 _QUOTA = re.compile(r"exceeded quota|failed quota", re.IGNORECASE)
 _ABSENT = re.compile(r"not found", re.IGNORECASE)
+_ENGINE = re.compile(r"^[a-z-]+://")
+"""What old kubelets put before an image: ``docker-pullable://`` where it has a digest, ``docker://`` before its id."""
 _NOW = {"InvalidImageName": Reason.CONFIG_ERROR, "ErrImageNeverPull": Reason.IMAGE_NOT_FOUND}
 _PULL = {"ErrImagePull", "ImagePullBackOff", "ImageInspectError", "RegistryUnavailable", "SignatureValidationFailed"}
 _BROKEN = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError", "PostStartHookError"}
@@ -122,6 +124,11 @@ class Pod:
     disruption: tuple[str, str] | None
     state: Json
     inits: tuple[tuple[str, Json], ...]
+
+    @property
+    def place(self) -> Place:
+        """Where it is, and of what image."""
+        return Place(node=self.node, image_digest=self.image_digest)
 
     @property
     def started(self) -> bool:
@@ -210,7 +217,7 @@ def read_pod(pod: Json) -> Pod:
         reason=status.get("reason"),
         message=status.get("message"),
         node=spec.get("nodeName"),
-        image_digest=(runner.get("imageID") or "").rpartition("@")[2].removeprefix("docker://") or None,
+        image_digest=_ENGINE.sub("", runner.get("imageID") or "") or None,
         grace=spec.get("terminationGracePeriodSeconds") or 0,
         deadline=seconds(start) + limit if limit and start else None,
         unschedulable=scheduled.get("message") or scheduled.get("reason") if scheduled.get("status") == "False" else None,
@@ -246,8 +253,8 @@ def look(
     """Say what became of a runner. ``last`` is its pod as it was last seen, where it is there no more."""
     alive = [pod for pod in pods if not is_over(pod, now)]
     if job and job.end:
-        if any(pod.started for pod in alive):
-            return Running()
+        if running := next((pod for pod in alive if pod.started), None):
+            return Running(running.place)
         return Starting(job.end.message) if alive else Exited(job.end)
     if not pods:
         return _without_pod(job, last, warnings, now) if job else Held()
@@ -256,9 +263,9 @@ def look(
     if job and (len(pods) > 1 or job.first_pod not in {None, first.uid}):
         return _second(job, pods, last, now)
     if not alive:
-        return Exited(_end(first, stopped=_stopped(job, first)))
+        return Exited(_end(first, stopped=_stopped(job, first)), first.place)
     if first.started:
-        return Running()
+        return Running(first.place)
     return _held(job, first, warnings.get(first.uid, ()))
 
 

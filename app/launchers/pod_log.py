@@ -23,10 +23,11 @@ KEPT_BYTES = 16 * 2**20
 """How much of the log of a pod that is going is kept in memory until it is safe elsewhere."""
 
 LOST = "lost"
+_NOTHING_LEFT = b"[the log is lost: its container was taken away before it could be read]"
 
 _TIME = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d) ")
 _COMPLAINT = re.compile(rb"rpc error: |failed to (try resolving symlinks|watch|open log)|unable to retrieve container logs")
-"""What a kubelet writes into a log that is being taken from it; no program's line comes without a time."""
+"""What a kubelet writes into a log that is being taken from it, or in its place; no program's line comes without a time."""
 
 _GAP = b"[some output is missing here: the log was rotated]"
 
@@ -70,6 +71,7 @@ class LogReader:
         self._skip = after.count if after else 0
         self._held: deque[tuple[bytes, bytes]] = deque()
         self._rest = b""
+        self._complained = False
         self._per_second: Counter[int] = Counter()
 
     def feed(self, chunk: bytes) -> Iterator[LogLine]:
@@ -82,16 +84,19 @@ class LogReader:
             yield from self._line(rest)
 
     def finish(self) -> Iterator[LogLine]:
-        """Give what is left once the request has ended and no more comes: a last line without an end."""
+        """Give what is left once the request has ended and no more comes: a last line without an end, or word of a loss."""
         rest, self._rest = self._rest, b""
         if rest:
             yield from self._line(rest)
+        if self._complained and self.cursor is None:
+            yield LogLine(LOST, _NOTHING_LEFT)
         if self._after and self._skip:  # fewer lines than were had: they were rotated away
             yield from self._resume_by_time()
 
     def _line(self, line: bytes) -> Iterator[LogLine]:
         time, text = _split(line)
         if not time and _COMPLAINT.match(text):
+            self._complained = True
             return
         if not self._skip:
             yield self._told(time, text)

@@ -27,6 +27,7 @@ Json = dict[str, Any]
 
 REQUIRED = "kubernetes" in os.environ.get("REQUIRE_ENGINES", "").split(",")
 IMAGE = os.environ.get("RUNNER_LAUNCHER_TEST_IMAGE", "busybox:latest")
+MANAGED = "app.kubernetes.io/managed-by=runner-launcher"
 RBAC = Path(__file__).parents[2] / "deploy/kubernetes/rbac.yaml"
 
 
@@ -263,5 +264,18 @@ def cluster_session() -> Iterator[tuple[World, Json]]:
         pytest.skip(f"no cluster that KUBECONFIG names can be used: {error!r}")
     try:
         yield world, user
+        left = asyncio.run(_left(world))
+        print(f"left of ours in namespace {name}: {left}")  # noqa: T201 - a count to be seen with -rP or -s
+        assert not any(left.values()), f"left in namespace {name}: {left}"
     finally:
         asyncio.run(world.call("DELETE", f"/api/v1/namespaces/{name}"))
+
+
+async def _left(world: World) -> dict[str, int]:
+    """Count what launchers of any installation have left in a namespace, once it had time to go."""
+    for _ in range(600):
+        left = {kind: len(await world.items(kind, MANAGED)) for kind in ("jobs", "pods", "secrets")}
+        if not any(left.values()):
+            break
+        await asyncio.sleep(0.1)
+    return left

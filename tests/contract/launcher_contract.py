@@ -93,14 +93,6 @@ PRINTS_IN_PIECES = Script(
 HUNGRY = Script("x=xxxxxxxx; while [ ${#x} -lt 200000000 ]; do x=$x$x; done; exit 0", ("memory=256", "exit=0"))
 
 
-async def removed(launcher: Launcher, handle: Handle) -> None:
-    """Remove a runner, and once more where its engine is not done with it yet: the reconciler repeats, too."""
-    with suppress(LauncherUnavailable):
-        await launcher.remove(handle)
-        return
-    await launcher.remove(handle)
-
-
 class CannotArrangeError(Exception):
     """The harness has no way to bring its world into this state."""
 
@@ -208,7 +200,7 @@ class LauncherContract:
             yield
         async with aclosing(await harness.reopen()) as sweeper:
             for found in await sweeper.list():
-                await removed(sweeper, found.handle)
+                await sweeper.remove(found.handle)
         await self.until("nothing is leaked", self._nothing_leaked)
 
     async def _nothing_leaked(self) -> str | None:
@@ -325,7 +317,7 @@ class LauncherContract:
                 case code:
                     handle = await self.launcher.launch(handle.runner_id, spec)
                     assert (await self.end(handle)).code == code, impossible.what
-            await removed(self.launcher, handle)
+            await self.launcher.remove(handle)
 
     async def _no_problem(self, handle: Handle) -> str | None:
         seen = await self.see(handle)

@@ -18,6 +18,8 @@ from launcher_contract import Harness, Impossible, LauncherContract, Script, exi
 from app.launcher import Handle, LaunchSpec
 from app.launchers.kubernetes import KubernetesLauncher
 
+pytestmark = pytest.mark.timeout(300)  # an old kubelet lets go once a minute of what never ran
+
 WITNESS = "echo $$ >/workspace/main\n"
 """What every script does first: tell its process id."""
 
