@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from figures import Round
+from pydantic import JsonValue
 
 from app.launcher import LaunchSpec
 
@@ -53,7 +54,7 @@ async def obey(do: Callable[..., Awaitable[Round]]) -> None:
         print(json.dumps(asdict(done)), flush=True)
 
 
-def spec_of(runner_id: str, slot: Path, command: tuple[str, ...], **options: object) -> LaunchSpec:
+def spec_of(runner_id: str, slot: Path, command: tuple[str, ...], **options: JsonValue) -> LaunchSpec:
     """Write what the service makes of the same launch."""
     context = {
         **dict.fromkeys(("spec_name", "task_title", "task_description", "required_skill", "branch_name"), "unknown"),
@@ -79,5 +80,5 @@ def spec_of(runner_id: str, slot: Path, command: tuple[str, ...], **options: obj
         context=text.encode(),
         working_dir=str(slot),
         labels={**labels, "slot_place": f"bench:{slot}", "token_sha256": secrets.token_hex(32)},
-        options=dict(options),
+        options=options,
     )

@@ -53,7 +53,7 @@ def written(cell: object) -> str:
     """Write a cell of a table."""
     if not isinstance(cell, float):
         return f"{cell:,}" if isinstance(cell, int) else str(cell)
-    return f"{cell:,.{0 if abs(cell) >= 100 else 1 if abs(cell) >= 10 else 2}f}"  # noqa: PLR2004
+    return f"{cell:,.{0 if abs(cell) >= 100 else 1 if abs(cell) >= 10 else 2}f}"
 
 
 def bench(parser: argparse.ArgumentParser, measure: Callable[[Path, argparse.Namespace, Report], Awaitable[None]]) -> None:
@@ -83,12 +83,12 @@ async def _bench(
 class Round:
     """What one side did: how long each launch took, all of them, all until nothing of them was left; in seconds.
 
-    ``cpu`` is the processor time of that side's own process.
+    ``cpu`` is the processor time of that side's own process. None: not measured.
     """
 
     took: list[float]
     launched: float
-    gone: float
+    gone: float | None = None
     cpu: float | None = None
 
 
@@ -105,8 +105,7 @@ async def drive(launches: int, at_once: int, launch: Launch) -> Round:
 
     began = time.perf_counter()
     await asyncio.gather(*(work() for _ in range(at_once)))
-    launched = time.perf_counter() - began
-    return Round(took, launched, launched)
+    return Round(took, time.perf_counter() - began)
 
 
 async def in_turns(rounds: int, sides: Mapping[str, Callable[[], Awaitable[Round]]]) -> dict[str, list[Round]]:
@@ -124,37 +123,35 @@ async def in_turns(rounds: int, sides: Mapping[str, Callable[[], Awaitable[Round
 
 def compared(seen: Mapping[str, Sequence[Round]]) -> Json:
     """Give each side's figures; those of the others say also how the first side does beside them."""
-    ours, *_ = seen.values()
+    first = next(iter(seen))
     figures: Json = {}
     for name, rounds in seen.items():
         each = [took for one in rounds for took in one.took]
-        figures[name] = {
-            "p50_ms": part(each, 0.5),
-            "p99_ms": part(each, 0.99),
-            "launched_per_second": statistics.median(len(one.took) / one.launched for one in rounds),
-            "gone_per_second": statistics.median(len(one.took) / one.gone for one in rounds),
-        }
-        if all(one.cpu is not None for one in rounds):
-            figures[name]["cpu_ms"] = 1000 * sum(one.cpu or 0.0 for one in rounds) / len(each)
-        if rounds is not ours:
-            pairs = list(zip(ours, rounds, strict=True))
-            figures[name]["ratio_launched"] = statistics.median(b.launched / a.launched for a, b in pairs)
-            figures[name]["ratio_gone"] = statistics.median(b.gone / a.gone for a, b in pairs)
+        figures[name] = {"p50_ms": part(each, 0.5), "p99_ms": part(each, 0.99)}
+        for what in ("launched", "gone"):
+            pairs = [
+                (len(one.took), getattr(one, what), getattr(our, what)) for one, our in zip(rounds, seen[first], strict=True)
+            ]
+            if pairs[0][1] is not None:
+                figures[name][f"{what}_per_second"] = statistics.median(count / took for count, took, _ in pairs)
+                if name != first:
+                    figures[name][f"ratio_{what}"] = statistics.median(took / ours for _, took, ours in pairs)
+        figures[name]["cpu_ms"] = 1000 * sum(one.cpu or 0.0 for one in rounds) / len(each)
     return figures
 
 
 COLUMNS = {
-    "p50_ms": "launch p50, ms",
+    "p50_ms": "p50, ms",
     "p99_ms": "p99, ms",
-    "launched_per_second": "launched a second",
-    "gone_per_second": "launched and gone a second",
+    "launched_per_second": "a second",
+    "gone_per_second": "a second until gone",
     "cpu_ms": "own processor, ms each",
-    "ratio_launched": "ours to it, launched",
-    "ratio_gone": "launched and gone",
+    "ratio_launched": "first to it",
+    "ratio_gone": "first to it, until gone",
 }
 
 
-def table_of_sides(report: Report, by_concurrency: Mapping[int, Json]) -> None:
+def table_of_sides(report: Report, what: str, by_concurrency: Mapping[int, Json]) -> None:
     """Show what sides did, a row for each at each concurrency."""
     sides = [side for figures in by_concurrency.values() for side in figures.values()]
     keys = [key for key in COLUMNS if any(key in side for side in sides)]
@@ -163,7 +160,7 @@ def table_of_sides(report: Report, by_concurrency: Mapping[int, Json]) -> None:
         for at_once, figures in by_concurrency.items()
         for name, side in figures.items()
     ]
-    report.table(["at once", "", *(COLUMNS[key] for key in keys)], rows)
+    report.table([f"{what}, at once", "", *(COLUMNS[key] for key in keys)], rows)
 
 
 def part(seconds: Sequence[float], share: float) -> float:

@@ -1,11 +1,11 @@
 """Figures of local runners, from a client's clock: launches beside the bare limit, ends, memory, many at once, a restart.
 
-    python tests/bench/local_process.py [--launches 200] [--rounds 7] [--at-once 1 4 16 64] [--ends 500] [--live 2000] [--json FILE]
+    python tests/bench/local_process.py [--launches 200] [--rounds 7] [--at-once 1 4 16 64] [--ends 500] [--live 2000]
 
-Launches of `true`: the service over HTTP, and in turn with it a process that starts the same shim for the same command, with a
-run directory and control groups like ours, and one that starts the command alone by `asyncio.create_subprocess_exec`. A launch
-takes until the runner is started; a round is gone when no run directory is left, or when the command has ended.
-Ends: from a runner's last act to the client's receipt of the end, by long-poll.
+Launches of ``true``: the service over HTTP, and in turn with it two bare clients, processes of their own. One starts the
+same shim for the same command, in a run directory and control groups like ours; one starts the command alone, by
+``asyncio.create_subprocess_exec``. A launch takes until the runner is started; a round is gone when no run directory is
+left, or when the command has ended. Ends: from a runner's last act to the client's receipt of the end, by long-poll.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from bare import Bare, obey, spec_of
 from figures import Json, Report, Round, bench, compared, drive, in_turns, part, table_of_sides
-from service import Service, private_kib
+from served import Service, private_kib
 
 from app.launchers import cgroup
 from app.launchers.local_process import LocalProcessLauncher
@@ -137,7 +137,7 @@ async def readable(fd: int) -> None:
     """Wait until there is something to read, or until the other end of a pipe is closed."""
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
-    loop.add_reader(fd, lambda: ready.done() or ready.set_result(None))
+    loop.add_reader(fd, lambda: None if ready.done() else ready.set_result(None))
     await ready
     loop.remove_reader(fd)
 
@@ -173,7 +173,7 @@ async def launches(service: Service, options: argparse.Namespace, report: Report
     for side in sides.values():
         await side.stop()
     report.figures["launches"] = figures
-    table_of_sides(report, figures)
+    table_of_sides(report, "local launches", figures)
     alone = figures[min(figures)]
     for key, most in (("p50_ms", 5.0), ("p99_ms", 25.0)):
         beyond = alone["service"][key] - alone["bare shim"][key]
@@ -198,7 +198,9 @@ async def ends(service: Service, options: argparse.Namespace, report: Report) ->
         await drive(options.ends, ENDS_AT_ONCE, one)
     figures = {"p50_ms": part(delays, 0.5), "p99_ms": part(delays, 0.99), "ends": len(delays)}
     report.figures["ends"] = figures
-    report.table(["local ends", "p50, ms", "p99, ms"], [[f"last act to receipt, {ENDS_AT_ONCE} at once", *figures.values()][:3]])
+    report.table(
+        ["local ends", "p50, ms", "p99, ms"], [[f"last act to receipt, {ENDS_AT_ONCE} at once", *figures.values()][:3]]
+    )
     report.promise("a local end is seen, p99, ms", figures["p99_ms"], at_most=20.0)
 
 
