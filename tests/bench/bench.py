@@ -28,7 +28,7 @@ BENCHES = {  # how each is run in short
     "intents": "--intents 64 --rounds 1 --at-once 1 16",
     "docker": "--launches 2 --rounds 1 --at-once 1 --ends 1",
     "kubernetes": "--launches 2 --rounds 1 --at-once 1 --ends 1 --tracked 0",
-    "scale": "--live 100 200 --launches 20 --rates 20 --seconds 1",
+    "scale": "--live 50 100 --launches 16 --rest 0.5 --rates 10 20 --seconds 1",
 }
 
 

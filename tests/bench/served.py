@@ -155,7 +155,7 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def private_kib(pid: int) -> int:
+def private_kib(pid: int | str) -> int:
     """Memory that only this process has."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(PRIVATE))
