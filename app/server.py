@@ -3,8 +3,10 @@
 import asyncio
 import functools
 import logging
+import os
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -44,6 +46,7 @@ class _Server(uvicorn.Server):
 
 async def serve_until_told(settings: Settings, create: Callable[..., FastAPI] = create_app) -> None:
     """Serve an application until a signal ends it. Raises ConfigurationError."""
+    _watch_processes_without_threads()
     listener = _listen(settings)
     host, port = listener.getsockname()[:2]
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else f'[{host}]' if ':' in host else host}:{port}"  # noqa: S104
@@ -63,6 +66,14 @@ async def serve_until_told(settings: Settings, create: Callable[..., FastAPI] = 
         _handle_signals(server, app, settings)
         log.info("listening on %s; the token is in %s", url, settings.state_dir / "token")
         await server.serve(sockets=[listener])
+
+
+def _watch_processes_without_threads() -> None:
+    """Let Python 3.11 do what later ones do by themselves: it would begin a thread for every process that it starts."""
+    if sys.version_info < (3, 12) and hasattr(os, "pidfd_open"):
+        watcher = asyncio.PidfdChildWatcher()
+        watcher.attach_loop(asyncio.get_running_loop())
+        asyncio.set_child_watcher(watcher)
 
 
 def _listen(settings: Settings) -> socket.socket:

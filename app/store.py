@@ -273,11 +273,9 @@ class Store:
         """Wipe a finished runner's secrets: nothing of it is left on its engine."""
 
         def write(connection: Connection, _: list[Change]) -> None:
-            connection.execute(sa.delete(specs).where(specs.c.runner_id == runner_id))
+            connection.execute(_WIPE_SPEC, {"id": runner_id})
             self._wiped = not self.shared
-            connection.execute(
-                sa.update(runners).where(runners.c.runner_id == runner_id).values(cleaned=True, log_kept_by=log_kept_by)
-            )
+            connection.execute(_CHANGE, {"id": runner_id, "cleaned": True, "log_kept_by": log_kept_by})
 
         await self._write(
             write, fence, touch=lambda recent: recent.touch(runner_id, lambda runner: replace(runner, cleaned=True))
@@ -417,8 +415,7 @@ class Store:
 
     async def spec(self, runner_id: str) -> LaunchSpec | None:
         """Give how to launch a runner; None once that is wiped."""
-        query = sa.select(specs.c.spec).where(specs.c.runner_id == runner_id)
-        text = await self._read(lambda connection: connection.execute(query).scalar())
+        text = await self._read(lambda connection: connection.execute(_SPEC, {"id": runner_id}).scalar())
         return None if text is None else _spec.validate_json(text)
 
     async def unclean(self) -> list[str]:
@@ -434,9 +431,7 @@ class Store:
 
     async def queued(self, pool_name: str) -> list[str]:
         """Give the ids of the runners that wait for a place in a pool, the next one first."""
-        waiting = sa.and_(LIVE, runners.c.pool_name == pool_name, runners.c.phase == Phase.QUEUED)
-        query = sa.select(runners.c.runner_id).where(waiting)
-        return await self._read(lambda connection: list(connection.execute(query.order_by(runners.c.seq)).scalars()))
+        return await self._read(lambda connection: list(connection.execute(_QUEUED, {"pool": pool_name}).scalars()))
 
     async def known(self, runner_ids: Sequence[str]) -> dict[str, bool]:
         """Say which of these are on record, and whether they are done with: ended, and nothing left of them."""
@@ -502,8 +497,7 @@ class Store:
 
     async def pool_switches(self) -> dict[str, bool]:
         """Give the pools that were switched by hand."""
-        query = sa.select(pool_switches.c.pool_name, pool_switches.c.enabled)
-        rows = await self._read(lambda connection: connection.execute(query).all())
+        rows = await self._read(lambda connection: connection.execute(_SWITCHES).all())
         return {row.pool_name: row.enabled for row in rows}
 
     # The threads.
@@ -764,7 +758,8 @@ def _intend(intent: Intent, connection: Connection, changes: list[Change]) -> tu
         runner = replace(runner, phase=Phase.QUEUED, calls=0)
     message = why_not if runner.phase is Phase.QUEUED else None
     runner = _insert(connection, changes, runner, at=runner.created_at, event_type="accepted", message=message)
-    connection.execute(sa.insert(specs).values(runner_id=runner.runner_id, spec=_spec.dump_json(intent.spec).decode()))
+    spec = _spec.dump_json(intent.spec).decode()
+    connection.execute(_INSERT_SPEC, {"runner_id": runner.runner_id, "spec": spec})
     if intent.key:
         row = {"caller": intent.caller, "key": intent.key, "request_sha256": intent.request_sha256}
         connection.execute(sa.insert(idempotency_keys).values({**row, "runner_id": runner.runner_id}))
@@ -785,7 +780,7 @@ def _insert(
     )
     event = _append(connection, event)
     runner = replace(runner, revision=event.revision)
-    key = connection.execute(sa.insert(runners).values(_columns(runner))).inserted_primary_key
+    key = connection.execute(_INSERT_RUNNER, _columns(runner)).inserted_primary_key
     if runner.labels and key:
         rows = [{"key": name, "value": value, "seq": key[0]} for name, value in runner.labels.items()]
         connection.execute(sa.insert(runner_labels), rows)
@@ -795,10 +790,7 @@ def _insert(
 
 def _check_slot(connection: Connection, runner: Runner) -> None:
     """Raise SlotBusy if the slot, by its id or its place, has a live runner."""
-    same = runners.c.slot_id == runner.slot_id
-    if runner.slot_place is not None:
-        same |= runners.c.slot_place == runner.slot_place
-    row = connection.execute(_whole().where(same, LIVE).limit(1)).first()
+    row = connection.execute(_HOLDER, {"slot": runner.slot_id, "place": runner.slot_place}).first()
     if row:
         holder = _load(row)
         raise SlotBusy(f"slot {runner.slot_id} is held by {holder.runner_id}, which is {holder.phase}", holder)
@@ -828,8 +820,7 @@ def _change(
     at: float,
     data: dict[str, JsonValue] | None = None,
 ) -> Runner | None:
-    query = sa.select(runners.c.revision, runners.c.last_heartbeat).where(runners.c.runner_id == old.runner_id)
-    current = connection.execute(query).first()
+    current = connection.execute(_CURRENT, {"id": old.runner_id}).first()
     if current is None or current.revision != old.revision:
         return None
     silent = new.stop is not old.stop and new.stop is not None and new.stop.reason is Reason.HEARTBEAT_LOST
@@ -849,17 +840,16 @@ def _change(
     )
     event = _append(connection, event)
     new = replace(new, revision=event.revision)
-    row = sa.update(runners).where(runners.c.runner_id == old.runner_id, runners.c.revision == old.revision)
     columns = _columns(new)
     del columns["last_heartbeat"], columns["cleaned"]  # written by themselves, and not to be undone
-    if connection.execute(row.values(columns)).rowcount != 1:
+    if connection.execute(_CHANGE_FROM, {"id": old.runner_id, "was": old.revision, **columns}).rowcount != 1:
         raise RuntimeError(f"{old.runner_id} changed inside a transaction that had read it")
     changes.append(Change(new, event))
     return new
 
 
 def _fenced(fence: Fence, write: Write[T], connection: Connection, changes: list[Change]) -> T:
-    generation = connection.execute(sa.select(leases.c.generation).where(leases.c.key == fence.key)).scalar()
+    generation = connection.execute(_GENERATION, {"lease": fence.key}).scalar()
     if generation != fence.generation:
         raise NotOwner(f"another replica owns {fence.key}")
     return write(connection, changes)
@@ -951,8 +941,8 @@ def _forget(runner_ids: Collection[str], connection: Connection, _: list[Change]
 
 
 def _append(connection: Connection, event: Event) -> Event:
-    row = sa.insert(events).values(runner_id=event.runner_id, at=event.at, body=_event.dump_json(event).decode())
-    key = connection.execute(row).inserted_primary_key
+    row = {"runner_id": event.runner_id, "at": event.at, "body": _event.dump_json(event).decode()}
+    key = connection.execute(_INSERT_EVENT, row).inserted_primary_key
     return replace(event, revision=key[0]) if key else event
 
 
@@ -1039,20 +1029,35 @@ def _usage_of(row: Row[Any]) -> Usage:
 
 
 def _pool_usage(connection: Connection, pool_name: str) -> Usage:
-    row = connection.execute(_usage().where(runners.c.pool_name == pool_name)).one()
-    return _usage_of(row)
+    return _usage_of(connection.execute(_POOL_USAGE, {"pool": pool_name}).one())
 
 
 def _count(connection: Connection, pool_name: str, phase: Phase) -> int:
-    query = sa.select(sa.func.count()).where(LIVE, runners.c.pool_name == pool_name, runners.c.phase == phase)
-    return connection.execute(query).scalar_one()
+    return connection.execute(_COUNT, {"pool": pool_name, "placed": phase}).scalar_one()
 
 
 def _whole() -> sa.Select[Any]:
     return sa.select(runners.c.body, runners.c.revision, runners.c.last_heartbeat, runners.c.cleaned)
 
 
-_BY_ID = _whole().where(runners.c.runner_id == sa.bindparam("id"))  # built once: building it takes longer than asking
+# What every launch asks and writes is built once: building a statement takes longer than running it.
+
+_OF_ID = runners.c.runner_id == sa.bindparam("id")
+_OF_POOL = runners.c.pool_name == sa.bindparam("pool")
+_IN_SLOT = sa.or_(runners.c.slot_id == sa.bindparam("slot"), runners.c.slot_place == sa.bindparam("place"))
+_BY_ID = _whole().where(_OF_ID)
+_CURRENT = sa.select(runners.c.revision, runners.c.last_heartbeat).where(_OF_ID)
+_HOLDER = _whole().where(_IN_SLOT, LIVE).limit(1)
+_POOL_USAGE = _usage().where(_OF_POOL)
+_COUNT = sa.select(sa.func.count()).where(LIVE, _OF_POOL, runners.c.phase == sa.bindparam("placed"))
+_QUEUED = sa.select(runners.c.runner_id).where(LIVE, _OF_POOL, runners.c.phase == Phase.QUEUED).order_by(runners.c.seq)
+_SWITCHES = sa.select(pool_switches.c.pool_name, pool_switches.c.enabled)
+_GENERATION = sa.select(leases.c.generation).where(leases.c.key == sa.bindparam("lease"))
+_SPEC = sa.select(specs.c.spec).where(specs.c.runner_id == sa.bindparam("id"))
+_INSERT_RUNNER, _INSERT_SPEC, _INSERT_EVENT = sa.insert(runners), sa.insert(specs), sa.insert(events)
+_CHANGE = sa.update(runners).where(_OF_ID)
+_CHANGE_FROM = _CHANGE.where(runners.c.revision == sa.bindparam("was"))
+_WIPE_SPEC = sa.delete(specs).where(specs.c.runner_id == sa.bindparam("id"))
 
 
 def _load(row: Any) -> Runner:  # noqa: ANN401 - a row with these four and more

@@ -26,16 +26,16 @@ def missing(reason: str) -> NoReturn:
 
 
 @contextmanager
-def fresh_schema() -> Iterator[str]:
+def fresh_schema(server: str = SERVER) -> Iterator[str]:
     """Make a schema, give a URL that leads to it, and drop it."""
     name = f"test_{secrets.token_hex(6)}"
-    with psycopg.connect(SERVER, autocommit=True, connect_timeout=5) as server:
-        server.execute(f"CREATE SCHEMA {name}")
+    with psycopg.connect(server, autocommit=True, connect_timeout=5) as connection:
+        connection.execute(f"CREATE SCHEMA {name}")
     try:
-        yield f"{SERVER}?options=-csearch_path%3D{name}"
+        yield f"{server}?options=-csearch_path%3D{name}"
     finally:
-        with psycopg.connect(SERVER, autocommit=True, connect_timeout=5) as server:
-            server.execute(f"DROP SCHEMA {name} CASCADE")
+        with psycopg.connect(server, autocommit=True, connect_timeout=5) as connection:
+            connection.execute(f"DROP SCHEMA {name} CASCADE")
 
 
 class Proxy:

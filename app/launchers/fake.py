@@ -11,10 +11,12 @@ it. Bytes that are not UTF-8 are written as surrogate escapes. Any other program
 
 ``FakeWorld`` is the engine and outlives the launchers opened on it. It is passive: what a runner is follows from its words
 and the world's clock, so a test that drives a clock of its own waits for nothing; it calls ``wake`` after moving the clock,
-for the sake of ``watch`` and ``logs``. It knows no children of a runner and no caps on logs.
+for the sake of ``watch`` and ``logs``. It knows no children of a runner and no caps on logs. A runner to which nothing
+happens costs nothing but its memory.
 """
 
 import asyncio
+import heapq
 import itertools
 import time
 from collections import Counter, deque
@@ -81,6 +83,8 @@ class FakeWorld:
         self.troubles: deque[tuple[_Trouble, bool]] = deque()
         self.pulse = asyncio.Event()
         self.down: str | None = None
+        self.moved: list[str] = []
+        self._due: list[tuple[float, str]] = []
         self._pids = itertools.count(1000)
 
     # What a test does to the world.
@@ -91,12 +95,13 @@ class FakeWorld:
 
     def happen(self, runner_id: str, effect: bytes | Starting | Running | Exit) -> None:
         """Let a runner write these bytes, become this, or end so, now."""
-        self.runners[runner_id].steps.append((self.clock(), effect))
+        self._plan(self.runners[runner_id], [(self.clock(), effect)])
         self.wake()
 
     def delete(self, runner_id: str) -> None:
         """Make the engine forget a runner."""
         self.runners.pop(runner_id, None)
+        self.moved.append(runner_id)
         self.wake()
 
     def fail_launches(self, error: LauncherError, times: int = 1, *, acts: bool = False) -> None:
@@ -139,14 +144,15 @@ class FakeWorld:
             now = self.clock()
             steps, on_term = _script(spec)
             limits = Enforcement(cpu="engine" if spec.cpu else "none", memory_mib="engine" if spec.memory_mib else "none")
-            self.runners[runner_id] = _FakeRunner(
+            runner = self.runners[runner_id] = _FakeRunner(
                 handle=Handle(runner_id=runner_id, pid=next(self._pids), enforced_by=limits, ref=installation),
                 installation=installation,
                 labels=dict(spec.labels),
                 created_at=now,
-                steps=_shifted(steps, now),
+                steps=[],
                 on_term=on_term,
             )
+            self._plan(runner, [(now, Running()), *_shifted(steps, now)])
             self.copies[runner_id] += 1
             self.wake()
         return self.runners[runner_id].handle
@@ -162,18 +168,34 @@ class FakeWorld:
         if runner is None or isinstance(runner.at(now)[0], Exited):
             return
         if kill:
-            runner.steps.append((now, Exit(signal="SIGKILL")))
+            self._plan(runner, [(now, Exit(signal="SIGKILL"))])
         elif not runner.stopped:
-            runner.steps.extend(_shifted(runner.on_term, now))
+            self._plan(runner, _shifted(runner.on_term, now))
         runner.stopped = True
         self.wake()
 
-    async def change(self, pulse: asyncio.Event, since: float) -> None:
+    def moved_since(self, place: int) -> list[str]:
+        """Give the runners to which something may have happened, in its order, from a place among all of them on."""
+        passed = False
+        while self._due and self._due[0][0] <= self.clock():
+            self.moved.append(heapq.heappop(self._due)[1])
+            passed = True
+        if passed:
+            self.wake()
+        return self.moved[place:]
+
+    async def change(self, pulse: asyncio.Event) -> None:
         """Wait until somebody calls ``wake``, or until the next word of any runner is due."""
-        due = min((at for runner in self.runners.values() for at, _ in runner.steps if at > since), default=None)
+        self.moved_since(len(self.moved))
         with suppress(TimeoutError):
-            async with asyncio.timeout(None if due is None else max(0.0, due - self.clock())):
+            async with asyncio.timeout(max(0.0, self._due[0][0] - self.clock()) if self._due else None):
                 await pulse.wait()
+
+    def _plan(self, runner: _FakeRunner, steps: Sequence[_Step]) -> None:
+        """Let this happen to a runner, at its times."""
+        runner.steps.extend(steps)
+        for at, _ in steps:
+            heapq.heappush(self._due, (at, runner.handle.runner_id))
 
 
 async def _befall(trouble: _Trouble | None) -> None:
@@ -263,15 +285,18 @@ class FakeLauncher:
 
     async def watch(self) -> AsyncIterator[str]:
         """Yield each runner once as it is found, and again whenever it becomes something else."""
-        world, known = self._world, dict[str, Observation]()
+        world, known, place = self._world, dict[str, Observation](), 0
         while not self._closed:
-            pulse, now = world.pulse, world.clock()
-            for runner_id in () if world.down else tuple(world.runners.keys() | known.keys()):
-                seen, before = world.look(runner_id)[0], known.get(runner_id, Gone())
-                known[runner_id] = seen
+            pulse = world.pulse
+            moved = [] if world.down else world.moved_since(place)
+            place += len(moved)
+            for runner_id in moved:
+                seen, before = world.look(runner_id)[0], known.pop(runner_id, Gone())
+                if seen != Gone():
+                    known[runner_id] = seen
                 if seen != before:
                     yield runner_id
-            await world.change(pulse, now)
+            await world.change(pulse)
 
     async def stop(self, handle: Handle, grace: float) -> None:
         await self._world.asked("stop", handle.runner_id)
@@ -282,7 +307,7 @@ class FakeLauncher:
         await self._world.asked("logs", handle.runner_id)
         told = int(after or 0)
         while not self._closed:
-            pulse, now = self._world.pulse, self._world.clock()
+            pulse = self._world.pulse
             seen, output = self._world.look(handle.runner_id)
             if isinstance(seen, Gone):
                 raise RunnerGone(f"the fake world has no {handle.runner_id}")
@@ -293,7 +318,7 @@ class FakeLauncher:
                 yield LogLine(str(told), text)
             if isinstance(seen, Exited) or not follow:
                 return
-            await self._world.change(pulse, now)
+            await self._world.change(pulse)
 
     def log_file(self, handle: Handle) -> Path | None:  # noqa: ARG002 - all is in memory
         return None

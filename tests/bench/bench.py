@@ -1,6 +1,8 @@
-"""All benchmarks that this machine has the engines for, one after another; one table, and one JSON file.
+"""All benchmarks that this machine has the engines for, one after another: one file, and one text for docs/benchmarks.md.
 
-python tests/bench/bench.py [--short] [--json bench.json]
+    python tests/bench/bench.py [NAME ...] [--short] [--json bench.json] [--markdown bench.md]
+
+``--short`` takes seconds for each, and says whether they work rather than how fast anything is.
 """
 
 import argparse
@@ -11,22 +13,23 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
+
+from figures import Json, Report
 
 HERE = Path(__file__).parent
-LIBRARIES = ("fastapi", "uvicorn", "aiohttp", "aiodocker", "sqlalchemy", "pydantic")
-BENCHES: dict[str, tuple[list[str], list[str]]] = {  # what each is given: at length, and in short
-    "reads": ([], ["--seconds", "0.5", "--rounds", "3", "--records", "1000", "100000"]),
-    "docker": ([], ["--launches", "4", "--rounds", "3", "--ends", "20"]),
-    "kubernetes": ([], ["--launches", "4", "--rounds", "3", "--ends", "10", "--tracked", "100"]),
+LIBRARIES = ("fastapi", "uvicorn", "aiohttp", "aiodocker", "kubernetes_asyncio", "sqlalchemy", "psycopg", "pydantic")
+BENCHES = {  # how each is run in short
+    "start": "--times 1",
+    "reads": "--seconds 0.2 --rounds 1 --records 100 1000",
+    "local_process": "--launches 8 --rounds 1 --at-once 1 4 --ends 4 --live 8",
+    "event_streams": "--streams 20 --runners 4",
+    "intents": "--intents 64 --rounds 1 --at-once 1 16",
+    "docker": "--launches 2 --rounds 1 --at-once 1 --ends 1",
+    "kubernetes": "--launches 2 --rounds 1 --at-once 1 --ends 1 --tracked 0",
+    "scale": "--live 50 100 --launches 16 --rest 0.5 --rates 10 20 --seconds 1",
 }
-SAYS_ALONE: dict[str, tuple[list[str], list[str]]] = {  # these print their figures, and write no file
-    "local_process": ([], ["--runners", "40", "--live", "50"]),
-    "event_streams": ([], ["--streams", "50", "--runners", "10"]),
-}
-
-Json = dict[str, Any]
 
 
 def lacking(name: str) -> str | None:
@@ -40,50 +43,67 @@ def lacking(name: str) -> str | None:
     return None
 
 
-def run(name: str, arguments: list[str], *, writes: bool) -> Json:
+def run(name: str, arguments: list[str]) -> Json:
     """Run one benchmark, its output shown as it comes; gives what it wrote and how it ended."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
-        command = [sys.executable, str(HERE / f"{name}.py"), *arguments, *(["--json", str(file)] if writes else [])]
-        load = os.getloadavg()[0]
-        code = subprocess.run(command, check=False).returncode
-        figures = json.loads(file.read_text()) if file.exists() else None
-    return {"exit_code": code, "load_before": load, "figures": figures}
-
-
-def rows(name: str, figures: Any) -> list[tuple[str, float]]:  # noqa: ANN401 - JSON
-    """Write nested figures as rows, each with its path."""
-    if isinstance(figures, dict):
-        return [row for key, value in figures.items() for row in rows(f"{name} {key}", value)]
-    return [(name, figures)] if isinstance(figures, int | float) else []
+        load, began = os.getloadavg()[0], time.monotonic()
+        code = subprocess.run(
+            [sys.executable, str(HERE / f"{name}.py"), *arguments, "--json", str(file)], check=False
+        ).returncode
+        found = json.loads(file.read_text()) if file.exists() else {}
+    return {"exit_code": code, "load_before": load, "seconds": time.monotonic() - began, **found}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--short", action="store_true", help="fewer and smaller rounds, for a first look")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; all if none is named")
+    parser.add_argument("--short", action="store_true")
     parser.add_argument("--json", type=Path, default=Path("bench.json"))
+    parser.add_argument("--markdown", type=Path, default=Path("bench.md"))
     options = parser.parse_args()
-    machine: Json = {
+    if unknown := set(options.names) - set(BENCHES):
+        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
+    machine = {
         "system": platform.platform(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in LIBRARIES},
     }
     results: Json = {}
-    for name, (whole, short) in (BENCHES | SAYS_ALONE).items():
+    for name in options.names or BENCHES:
         if lack := lacking(name):
             results[name] = {"left_out": lack}
             continue
         print(f"== {name}", flush=True)
-        results[name] = run(name, short if options.short else whole, writes=name in BENCHES)
+        results[name] = run(name, BENCHES[name].split() if options.short else [])
     options.json.write_text(json.dumps({"machine": machine, "benchmarks": results}, indent=2) + "\n")
-    print("\n" + ", ".join(f"{name} {value}" for name, value in machine.items()))
+    text = markdown(machine, results)
+    options.markdown.write_text(text)
+    print(f"\n{text}")
+    sys.exit(any(result.get("exit_code") for result in results.values()))
+
+
+def markdown(machine: Json, results: Json) -> str:
+    """Write all that was found as one text, the promises first."""
+    kept = {True: "yes", False: "**no**"}
+    promises = Report()
+    rows = [
+        [each["what"], each["promised"], each["here"], kept[each["kept"]]]
+        for result in results.values()
+        for each in result.get("promises", [])
+    ]
+    promises.table(["promise", "promised", "here", "kept"], rows)
+    parts = [", ".join(f"{name} {value}" for name, value in machine.items()), *promises.tables]
     for name, result in results.items():
         if "left_out" in result:
-            print(f"{name}: left out, {result['left_out']}")
-        for row, value in rows(name, result.get("figures")):
-            print(f"{row:<70}{value:>12.3f}")
-    sys.exit(any(result.get("exit_code") for result in results.values()))
+            parts.append(f"### {name}\n\nLeft out: {result['left_out']}.")
+        elif result["exit_code"]:
+            parts.append(f"### {name}\n\nFailed.")
+        else:
+            parts.append(f"### {name}\n\nLoad {result['load_before']:.1f} before.")
+            parts += result["tables"]
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

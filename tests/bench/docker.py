@@ -1,6 +1,6 @@
 """Figures of containers beside a bare client of the same engine, from a client's clock.
 
-    python tests/bench/docker.py [--launches 8] [--rounds 9] [--ends 100] [--json FILE]
+    python tests/bench/docker.py [--launches 8] [--rounds 9] [--at-once 1 4 16] [--ends 100] [--json FILE]
 
 Launches: the service over HTTP, and in turn with it a bare aiodocker client in a process of its own that makes the same
 calls with the same configuration: create, context, start, and remove when the container has ended. A launch takes until the
@@ -14,115 +14,31 @@ import asyncio
 import json
 import os
 import secrets
-import shutil
-import signal
-import statistics
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 from aiodocker import Docker
+from bare import Bare, obey, spec_of
+from figures import Json, Report, Round, bench, compared, drive, in_turns, part, table_of_sides
+from served import Service
 
-from app.launcher import LaunchSpec
 from app.launchers.container import INSTALLATION, NAME, RUNNER_ID, Engine, container_config, context_archive
 
 ENGINE = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
 IMAGE = "busybox:latest"
-CONCURRENCY = (1, 4, 16)
 ENDS_AT_ONCE = (1, 4)
-PROMISED_RATIO, PROMISED_END_MS = 0.95, 50.0
-
-Json = dict[str, Any]
-Launch = Callable[[int], Awaitable[None]]
-
-
-class Service:
-    """The service in a temporary home."""
-
-    def __init__(self, home: Path, installation: str) -> None:
-        self._home = home
-        self._installation = installation
-        self._process: asyncio.subprocess.Process | None = None
-        self.url = ""
-        common = f"type: docker, max_concurrency: 1000, config: {{image: '{IMAGE}', docker_host: '{ENGINE}', command: "
-        (home / "pools.yaml").write_text(
-            f"agent_pools:\n  at-once: {{{common}['true']}}}}\n  later: {{{common}[sleep, '0.5']}}}}\n"
-        )
-
-    async def start(self) -> None:
-        settings = {
-            "LISTEN": "127.0.0.1:0",
-            "STATE_DIR": str(self._home / "state"),
-            "POOLS_FILE": str(self._home / "pools.yaml"),
-            "SLOT_ROOTS": str(self._home / "slots"),
-            "INSTALLATION": self._installation,
-        }
-        env = {**os.environ, **{f"RUNNER_LAUNCHER_{name}": value for name, value in settings.items()}}
-        log = self._home / "service.log"
-        with log.open("wb") as file:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "app.cli", "serve", env=env, stdout=file, stderr=file
-            )
-        while "listening on" not in log.read_text():
-            if self._process.returncode is not None:
-                raise SystemExit(f"the service did not start: {log.read_text()}")
-            await asyncio.sleep(0.02)
-        self.url = log.read_text().split("listening on ")[1].split(";")[0]
-
-    async def stop(self) -> None:
-        if self._process and self._process.returncode is None:
-            self._process.send_signal(signal.SIGTERM)
-            await self._process.wait()
-
-    @property
-    def pid(self) -> int:
-        assert self._process
-        return self._process.pid
-
-    def client(self) -> aiohttp.ClientSession:
-        token = (self._home / "state" / "token").read_text().strip()
-        return aiohttp.ClientSession(
-            self.url,
-            headers={"Authorization": f"Bearer {token}"},
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),  # shorter than the service's own
-            timeout=aiohttp.ClientTimeout(total=120),
-        )
-
-    async def launch(self, client: aiohttp.ClientSession, pool: str, number: int) -> Json:
-        body = {
-            "task": {"id": f"bench-{number}"},
-            "slot": {"slot_id": f"slot-{number}", "slot_path": str(slot_of(self._home, number)), "repo_url": "none"},
-            "pool": pool,
-        }
-        async with client.post("/runners", json=body) as answer:
-            record: Json = await answer.json()
-            if answer.status != 201:
-                raise SystemExit(f"a launch was answered {answer.status}: {record}")
-            return record
-
-    async def end(self, client: aiohttp.ClientSession, record: Json) -> float:
-        """Long-poll until the end is told, and give the time of its receipt."""
-        tag, told = "", record
-        while told["phase"] != "finished":
-            headers = {"If-None-Match": tag, "Prefer": "wait=30"} if tag else {}
-            async with client.get(record["links"]["self"], headers=headers) as answer:
-                tag = answer.headers["ETag"]
-                if answer.status == 200:
-                    told = await answer.json()
-        return time.time()
 
 
 class Events:
     """What the engine says of its containers of some installations, heard independently of everybody."""
 
     def __init__(self, installations: list[str]) -> None:
-        self._labels = installations
+        self.installations = installations
         self.died: dict[str, float] = {}
         self.removed: dict[str, dict[str, float]] = {name: {} for name in installations}
         self._news = asyncio.Condition()
@@ -144,7 +60,7 @@ class Events:
             event = json.loads(line)
             attributes = event["Actor"]["Attributes"]
             at = event["timeNano"] / 1e9
-            if attributes[INSTALLATION] not in self._labels:
+            if attributes[INSTALLATION] not in self.installations:
                 continue
             if event["Action"] == "die":
                 self.died[attributes[RUNNER_ID]] = at
@@ -164,31 +80,6 @@ class Events:
             await self._news.wait_for(lambda: runner_id in self.died)
 
 
-@dataclass
-class Round:
-    """One side's figures of some launches: seconds for each, and launches per second."""
-
-    launches: list[float] = field(default_factory=list)
-    rate: list[float] = field(default_factory=list)
-    whole_rate: list[float] = field(default_factory=list)
-
-
-async def drive(launches: int, at_once: int, launch: Launch) -> tuple[float, list[float], float]:
-    """Launch so many with so many at once; gives when it began, what each took, and the seconds for all."""
-    numbers = iter(range(launches))
-    took = []
-
-    async def work() -> None:
-        for number in numbers:
-            began = time.perf_counter()
-            await launch(number)
-            took.append(time.perf_counter() - began)
-
-    began_at, began = time.time(), time.perf_counter()
-    await asyncio.gather(*(work() for _ in range(at_once)))
-    return began_at, took, time.perf_counter() - began
-
-
 # The bare client: a process that is told by lines what to do.
 
 
@@ -206,21 +97,19 @@ async def bare(home: Path, installation: str) -> None:
             removal.add_done_callback(removals.discard)
 
     async def launch(number: int) -> None:
-        await launch_bare(docker, engine, installation, slot_of(home, number), "true")
+        await launch_bare(docker, engine, installation, home / "slots" / f"slot-{number}", "true")
 
     filters = {"type": ["container"], "event": ["die"], "label": [f"{INSTALLATION}={installation}"]}
     async with docker._query("events", params={"filters": json.dumps(filters)}, timeout=None) as response:
         task = asyncio.create_task(remove_ended(response))
-        while line := await asyncio.to_thread(sys.stdin.readline):
-            launches, at_once = map(int, line.split())
-            print(json.dumps(await drive(launches, at_once, launch)), flush=True)
+        await obey(lambda launches, at_once: drive(launches, at_once, launch))
         task.cancel()
     await close(docker)
 
 
 async def launch_bare(docker: Docker, engine: Engine, installation: str, slot: Path, *command: str) -> tuple[str, str]:
     runner_id = f"runner-{secrets.token_hex(6)}"
-    spec = spec_of(runner_id, slot, command)
+    spec = spec_of(runner_id, slot, command, image=IMAGE)
     owner = slot.stat().st_uid, slot.stat().st_gid
     config = container_config(runner_id, spec, installation=installation, owner=owner, engine=engine)
     container = await docker.containers.create(config, name=NAME + runner_id)
@@ -229,139 +118,57 @@ async def launch_bare(docker: Docker, engine: Engine, installation: str, slot: P
     return runner_id, container.id
 
 
-def spec_of(runner_id: str, slot: Path, command: tuple[str, ...]) -> LaunchSpec:
-    """Write what the service makes of the same launch."""
-    context = {
-        **dict.fromkeys(("spec_name", "task_title", "task_description", "required_skill", "branch_name"), "unknown"),
-        "task_id": runner_id,
-        "dependencies": [],
-        "slot_id": slot.name,
-        "slot_path": str(slot),
-        "metadata": {},
-    }
-    text = json.dumps(context)
-    environment = {
-        "RUNNER_ID": runner_id,
-        "POOL_NAME": "at-once",
-        "RUNNER_LAUNCHER_URL": "http://127.0.0.1:8080",
-        "RUNNER_TOKEN": secrets.token_urlsafe(32),
-        "TRACEPARENT": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
-        "TASK_CONTEXT": text,
-    }
-    labels = {"runner_id": runner_id, "task_id": runner_id, "pool_name": "at-once", "slot_id": slot.name, "policy": "{}"}
-    return LaunchSpec(
-        command=command,
-        environment=environment,
-        context=text.encode(),
-        working_dir=str(slot),
-        labels={**labels, "slot_place": f"docker:{ENGINE}:{slot}", "token_sha256": secrets.token_hex(32)},
-        options={"image": IMAGE},
-    )
-
-
-class Bare:
-    """The bare client's process."""
-
-    script = str(Path(__file__).absolute())
-
-    def __init__(self, home: Path, installation: str) -> None:
-        self._arguments = ["--bare", str(home), installation]
-        self._process: asyncio.subprocess.Process | None = None
-
-    async def start(self) -> None:
-        pipe = asyncio.subprocess.PIPE
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, self.script, *self._arguments, stdin=pipe, stdout=pipe, limit=2**24
-        )
-
-    async def run(self, launches: int, at_once: int) -> tuple[float, list[float], float]:
-        assert self._process
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(f"{launches} {at_once}\n".encode())
-        line = await self._process.stdout.readline()
-        if not line:
-            raise SystemExit("the bare client ended")
-        began, took, seconds = json.loads(line)
-        return began, took, seconds
-
-    async def stop(self) -> None:
-        if self._process and self._process.returncode is None:
-            assert self._process.stdin
-            self._process.stdin.close()
-            await self._process.wait()
-
-
 # What is measured.
 
 
-async def launches(
-    service: Service, beside: Bare, events: Events, names: tuple[str, str], options: argparse.Namespace
-) -> Json:
-    """Let both sides launch in turn, each going first in every other round."""
-    result: Json = {}
+async def launches(service: Service, beside: Bare, events: Events, options: argparse.Namespace, report: Report) -> None:
+    """Let both sides launch in turn; a round is gone when its last container is removed, as the engine's own events tell."""
+    figures: dict[int, Json] = {}
     async with service.client() as client:
 
         async def ask(number: int) -> None:
             await service.launch(client, "at-once", number)
 
-        print(f"{'launches':<12}{'launch p50 ms':>24}{'launch p99 ms':>24}{'launched/s':>26}{'launched and removed/s':>30}")
-        print(f"{'at once':<12}" + f"{'service':>12}{'bare':>12}" * 2 + f"{'service':>10}{'bare':>8}{'ratio':>8}" * 2)
-        for at_once in CONCURRENCY:
-            rounds, count = (Round(), Round()), max(options.launches, 2 * at_once)
-            for number in range(-1, options.rounds):  # the first is to warm up
-                for side in (0, 1) if number % 2 else (1, 0):
-                    removed = events.removed[names[side]]
-                    removed.clear()
-                    run = drive(count, at_once, ask) if side == 0 else beside.run(count, at_once)
-                    began, took, seconds = await run
-                    whole = await events.until_removed(names[side], count) - began
-                    if number >= 0:
-                        rounds[side].launches += took
-                        rounds[side].rate.append(count / seconds)
-                        rounds[side].whole_rate.append(count / whole)
-                    await asyncio.sleep(0.2)
-            result[str(at_once)] = compare(at_once, *rounds)
-    return result
+        async def ours(count: int, at_once: int) -> Round:
+            spent = service.cpu_seconds()
+            done = await until_gone(events.installations[0], count, drive(count, at_once, ask))
+            done.cpu = service.cpu_seconds() - spent
+            return done
+
+        async def until_gone(installation: str, count: int, run: Awaitable[Round]) -> Round:
+            events.removed[installation].clear()
+            began = time.time()
+            done = await run
+            done.gone = await events.until_removed(installation, count) - began
+            await asyncio.sleep(0.2)
+            return done
+
+        async def bare_side(count: int, at_once: int) -> Round:
+            return await until_gone(events.installations[1], count, beside.run(count, at_once))
+
+        for at_once in options.at_once:
+            count = max(options.launches, 2 * at_once)
+            sides = {"service": partial(ours, count, at_once), "bare client": partial(bare_side, count, at_once)}
+            figures[at_once] = compared(await in_turns(options.rounds, sides))
+    report.figures["launches"] = figures
+    table_of_sides(report, "containers", figures)
+    ratio = min(each["bare client"]["ratio_gone"] for each in figures.values())
+    report.promise("Docker throughput beside a bare client, launched and gone", ratio, at_least=0.95)
 
 
-def compare(at_once: int, ours: Round, bare: Round) -> Json:
-    """Print one line of the table, and give it as JSON. A ratio is the median of the rounds' own ratios."""
-    figures: Json = {}
-    for name, side in (("service", ours), ("bare", bare)):
-        figures[name] = {
-            "launch_p50_ms": milliseconds(side.launches, 0.5),
-            "launch_p99_ms": milliseconds(side.launches, 0.99),
-            "launched_per_second": statistics.median(side.rate),
-            "whole_per_second": statistics.median(side.whole_rate),
-        }
-    figures["ratio_launched"] = statistics.median(a / b for a, b in zip(ours.rate, bare.rate, strict=True))
-    figures["ratio_whole"] = statistics.median(a / b for a, b in zip(ours.whole_rate, bare.whole_rate, strict=True))
-    a, b = figures["service"], figures["bare"]
-    print(
-        f"{at_once:<12}{a['launch_p50_ms']:>12.1f}{b['launch_p50_ms']:>12.1f}"
-        f"{a['launch_p99_ms']:>12.1f}{b['launch_p99_ms']:>12.1f}"
-        f"{a['launched_per_second']:>10.2f}{b['launched_per_second']:>8.2f}{figures['ratio_launched']:>8.3f}"
-        f"{a['whole_per_second']:>10.2f}{b['whole_per_second']:>8.2f}{figures['ratio_whole']:>8.3f}",
-        flush=True,
-    )
-    return figures
-
-
-async def ends(service: Service, events: Events, home: Path, name: str, options: argparse.Namespace) -> Json:
+async def ends(service: Service, events: Events, name: str, options: argparse.Namespace, report: Report) -> None:
     """Measure from the engine's die event to the receipt of the end, by long-poll and by a bare look."""
     docker = client_of_engine()
     engine = Engine.told(await docker.system.info())
-    result: Json = {}
+    figures: Json = {}
     async with service.client() as client:
 
         async def ours(number: int) -> tuple[str, float]:
-            record = await service.launch(client, "later", number)
-            return record["runner_id"], await service.end(client, record)
+            record, received = await service.until_end(client, await service.launch(client, "later", number))
+            return record["runner_id"], received
 
         async def bare(number: int) -> tuple[str, float]:
-            slot = slot_of(home, number)
-            runner_id, container_id = await launch_bare(docker, engine, name, slot, "sleep", "0.5")
+            runner_id, container_id = await launch_bare(docker, engine, name, service.slot(number), "sleep", "0.5")
             await events.until_died(runner_id)
             container = docker.containers.container(container_id)
             await container.show()
@@ -371,18 +178,18 @@ async def ends(service: Service, events: Events, home: Path, name: str, options:
 
         for at_once in ENDS_AT_ONCE:
             for side, end in (("service", ours), ("bare look", bare)):
-                result[f"{side}, {at_once} at once"] = await delays(side, end, at_once, events, options)
+                took = await delays(end, at_once, events, options.ends)
+                figures[f"{side}, {at_once} at once"] = {"p50_ms": part(took, 0.5), "p99_ms": part(took, 0.99)}
     await close(docker)
-    return result
+    report.figures["ends"] = figures
+    report.table(["die event to receipt", "p50, ms", "p99, ms"], [[side, *each.values()] for side, each in figures.items()])
+    slowest = max(each["p99_ms"] for side, each in figures.items() if "service" in side)
+    report.promise("a container's end is seen, p99, ms", slowest, at_most=50.0)
 
 
 async def delays(
-    side: str,
-    end: Callable[[int], Awaitable[tuple[str, float]]],
-    at_once: int,
-    events: Events,
-    options: argparse.Namespace,
-) -> Json:
+    end: Callable[[int], Awaitable[tuple[str, float]]], at_once: int, events: Events, number: int
+) -> list[float]:
     received: dict[str, float] = {}
 
     async def one(number: int) -> None:
@@ -391,23 +198,8 @@ async def delays(
 
     await drive(at_once, at_once, one)  # to warm up
     received.clear()
-    await drive(options.ends, at_once, one)
-    took = [at - events.died[runner_id] for runner_id, at in received.items()]
-    p50, p99 = milliseconds(took, 0.5), milliseconds(took, 0.99)
-    print(
-        f"die event to receipt, {side}, {at_once} at once: median {p50:.1f} ms, p99 {p99:.1f} ms, over {len(took)}",
-        flush=True,
-    )
-    return {"p50_ms": p50, "p99_ms": p99, "ends": len(took)}
-
-
-def milliseconds(seconds: list[float], part: float) -> float:
-    ordered = sorted(seconds)
-    return 1000 * ordered[min(len(ordered) - 1, round(part * (len(ordered) - 1)))]
-
-
-def slot_of(home: Path, number: int) -> Path:
-    return home / "slots" / f"slot-{number}"
+    await drive(number, at_once, one)
+    return [at - events.died[runner_id] for runner_id, at in received.items()]
 
 
 def client_of_engine() -> Docker:
@@ -421,45 +213,28 @@ async def close(docker: Docker) -> None:
     await docker.connector.close()
 
 
-async def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--launches", type=int, default=8, help="in a round, and at least two for each at once")
-    parser.add_argument("--rounds", type=int, default=9, help="of each side at each concurrency, after one to warm up")
-    parser.add_argument("--ends", type=int, default=100)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--bare", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    task = asyncio.current_task()
-    assert task
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    if options.bare:
-        await bare(Path(options.bare[0]), options.bare[1])
-        return
-    home = Path(tempfile.mkdtemp(prefix="bench-"))
-    for number in range(max(options.launches, options.ends, 2 * max(CONCURRENCY))):
-        slot_of(home, number).mkdir(parents=True)
+async def measure(home: Path, options: argparse.Namespace, report: Report) -> None:
     name = f"bench-{secrets.token_hex(4)}"
     names = name, f"{name}-bare"
-    service, beside = Service(home, names[0]), Bare(home, names[1])
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.2f} before")
+    config = {"image": IMAGE, "docker_host": ENGINE}
+    commands = {"at-once": ["true"], "later": ["sleep", "0.5"]}
+    pools = {
+        pool: {"type": "docker", "max_concurrency": 1000, "config": {**config, "command": command}}
+        for pool, command in commands.items()
+    }
+    service, beside = Service(home, pools, installation=name), Bare(__file__, str(home), names[1])
+    for number in range(max(options.launches, options.ends, 2 * max(options.at_once))):
+        service.slot(number).mkdir()
     try:
-        async with Events([*names]).listening() as events:
-            await service.start()
-            result: Json = {}
-            result["ends"] = await ends(service, events, home, names[1], options) if options.ends else {}
-            await beside.start()  # only now: it removes whatever of its name has ended
-            result["launches"] = await launches(service, beside, events, names, options) if options.launches else {}
+        async with Events([*names]).listening() as events, service.running():
+            if options.ends:
+                await ends(service, events, names[1], options, report)
+            if options.launches:
+                await beside.start()  # only now: it removes whatever of its name has ended
+                await launches(service, beside, events, options, report)
     finally:
-        await service.stop()
         await beside.stop()
         await tidy(names)
-        shutil.rmtree(home, ignore_errors=True)
-    ratios = [figures["ratio_whole"] for figures in result["launches"].values()]
-    slowest = max((figures["p99_ms"] for side, figures in result["ends"].items() if "service" in side), default=0)
-    print(f"promised: ratio at least {PROMISED_RATIO}, here {min(ratios, default=0):.3f} at least")
-    print(f"promised: ends within {PROMISED_END_MS:g} ms (p99), here {slowest:.1f} ms at most")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 async def tidy(names: tuple[str, str]) -> None:
@@ -472,5 +247,17 @@ async def tidy(names: tuple[str, str]) -> None:
     await close(docker)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--launches", type=int, default=8, help="in a round, and at least two for each at once; 0: none")
+    parser.add_argument("--rounds", type=int, default=9, help="of each side at each concurrency, after one to warm up")
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--ends", type=int, default=100)
+    bench(parser, measure)
+
+
 if __name__ == "__main__":
-    asyncio.run(main())
+    if sys.argv[1:2] == ["--bare"]:
+        asyncio.run(bare(Path(sys.argv[2]), sys.argv[3]))
+    else:
+        main()

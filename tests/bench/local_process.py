@@ -1,219 +1,273 @@
-"""Figures of local runners, from a client's clock: exit to receipt, a shim's memory, many at once, restart to ready.
+"""Figures of local runners, from a client's clock: launches beside the bare limit, ends, memory, many at once, a restart.
 
-    python tests/bench/local_process.py [--runners 500] [--live 2000]
+    python tests/bench/local_process.py [--launches 200] [--rounds 7] [--at-once 1 4 16 64] [--ends 500] [--live 2000]
 
-The service runs as its users run it, in a process of its own. Nothing here fails on a slow machine.
+Launches of ``true``: the service over HTTP, and in turn with it two bare clients, processes of their own. One starts the
+same shim for the same command, in a run directory and control groups like ours; one starts the command alone, by
+``asyncio.create_subprocess_exec``. A launch takes until the runner is started; a round is gone when no run directory is
+left, or when the command has ended. Ends: from a runner's last act to the client's receipt of the end, by long-poll.
 """
 
 import argparse
 import asyncio
 import os
+import secrets
 import shutil
 import signal
 import statistics
 import sys
-import tempfile
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import httpx
+from bare import Bare, obey, spec_of
+from figures import Json, Report, Round, bench, compared, drive, in_turns, part, table_of_sides
+from served import Service, private_kib
 
-AT_ONCE = 4
+from app.launchers import cgroup
+from app.launchers.local_process import LocalProcessLauncher
+from app.launchers.run_directory import RunDirectory
+
+ENDS_AT_ONCE = 4
 LAUNCHING_AT_ONCE = 32
-PRIVATE = ("Private_Clean:", "Private_Dirty:")
+COMMANDS = {"at-once": ["true"], "last-act": ["sh", "last-act.sh"], "live": ["sleep", "3600"]}
+POOLS = {
+    name: {"type": "local-process", "max_concurrency": 10_000, "config": {"command": command}}
+    for name, command in COMMANDS.items()
+}
 
 
-class Service:
-    """The service in a temporary home."""
+# The bare clients.
+
+
+class Shims:
+    """Starts shims as the launcher does, and does nothing else: no store, no watch, no record."""
 
     def __init__(self, home: Path) -> None:
-        self.home = home
-        self.url = ""
-        self.process: asyncio.subprocess.Process | None = None
-        (home / "slots").mkdir()
-        (home / "pools.yaml").write_text(
-            "agent_pools:\n"
-            "  last-act: {type: local-process, max_concurrency: 10000, config: {command: [sh, last-act.sh]}}\n"
-            "  live: {type: local-process, max_concurrency: 10000, config: {command: [sleep, '3600']}}\n"
-        )
+        self._slots = home / "slots"
+        self._runs = home / "bare"
+        self._runs.mkdir(exist_ok=True)
+        self._ending: set[asyncio.Task[None]] = set()
+        pattern = self._runs / "pattern"
+        spec = spec_of(pattern.name, self._slots / "slot-0", ("true",))
+        self._spec = replace(spec, environment={**spec.environment, "PATH": os.environ["PATH"]})
+        prepared = LocalProcessLauncher(self._runs)._prepare(RunDirectory(pattern), self._spec)
+        assert prepared
+        prepared[0].close()
+        self._pattern, self._command, self._environment = str(pattern), prepared[1], prepared[2]
+        RunDirectory(pattern).remove()
 
-    async def start(self) -> float:
-        """Start it; gives the seconds until it was ready."""
-        settings = {
-            "LISTEN": "127.0.0.1:0",
-            "STATE_DIR": str(self.home / "state"),
-            "POOLS_FILE": str(self.home / "pools.yaml"),
-            "SLOT_ROOTS": str(self.home / "slots"),
-        }
-        env = {**os.environ, **{f"RUNNER_LAUNCHER_{name}": value for name, value in settings.items()}}
+    async def drive(self, launches: int, at_once: int) -> Round:
         began = time.perf_counter()
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "app.cli", "serve", env=env, stderr=asyncio.subprocess.PIPE
-        )
-        stream = self.process.stderr
-        assert stream
-        while b"listening on" not in (line := await stream.readline()):
-            if not line:
-                raise SystemExit("the service did not start")
-        self.url = line.decode().split("listening on ")[1].split(";")[0]
-        self._drain = asyncio.create_task(_drain(stream))
-        async with self.client() as client:
-            while (await _try(client, "/readyz")) is None:
-                await asyncio.sleep(0.005)
-        return time.perf_counter() - began
+        done = await drive(launches, at_once, self._launch)
+        while self._ending:
+            await asyncio.wait(self._ending)
+        done.gone = time.perf_counter() - began
+        return done
 
-    async def end(self, number: signal.Signals) -> None:
-        assert self.process
-        self.process.send_signal(number)
-        await self.process.wait()
-        await self._drain
+    async def _launch(self, number: int) -> None:
+        place = self._runs / f"runner-{secrets.token_hex(6)}"
+        place.mkdir()
+        (place / "context.json").write_bytes(self._spec.context)
+        group = cgroup.probed().create(place.name, None, None)
+        (place / "cgroups").write_text(str(group))
+        os.mkfifo(place / "alive")
+        ready, told = os.pipe()
+        with (place / "log").open("ab") as log:
+            shim = await asyncio.create_subprocess_exec(
+                *(str(place) if word == self._pattern else word for word in self._command),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=told,
+                stderr=log,
+                cwd=self._slots / f"slot-{number}",
+                env={**self._environment, "RUNNER_ID": place.name, "TASK_CONTEXT_FILE": str(place / "context.json")},
+                start_new_session=True,
+            )
+        os.close(told)
+        await readable(ready)
+        if os.read(ready, 100) != b"started\n":
+            raise SystemExit(f"a shim did not start: {(place / 'log').read_text()}")
+        os.close(ready)
+        await shim.wait()
+        task = asyncio.create_task(self._end(place, group))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
-    def client(self) -> httpx.AsyncClient:
-        token = (self.home / "state" / "token").read_text().strip()
-        return httpx.AsyncClient(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {token}"},
-            timeout=120,
-            limits=httpx.Limits(max_connections=100),
-        )
-
-    def memory(self) -> float:
-        """MiB that the service holds."""
-        assert self.process
-        return _private(self.process.pid) / 1024
-
-    async def launch(self, client: httpx.AsyncClient, pool: str, name: str) -> dict[str, Any]:
-        slot = self.home / "slots" / name
-        slot.mkdir(exist_ok=True)
-        (slot / "last-act.sh").write_text("sleep 0.2; date +%s.%N >ended")
-        body = {
-            "task": {"id": name},
-            "slot": {"slot_id": name, "slot_path": str(slot), "repo_url": "none"},
-            "pool": pool,
-        }
-        answer = await client.post("/runners", json=body)
-        answer.raise_for_status()
-        return dict(answer.json())
-
-
-async def _drain(stream: asyncio.StreamReader) -> None:
-    while await stream.readline():
-        pass
+    async def _end(self, place: Path, group: cgroup.Group) -> None:
+        """Wait until a shim has ended, which its fifo tells, and remove what was made for it."""
+        try:
+            alive = os.open(place / "alive", os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # it has ended already
+            pass
+        else:
+            await readable(alive)
+            os.close(alive)
+        if (place / "exit").read_text() != "exit 0\n":
+            raise SystemExit(f"a runner ended with {(place / 'exit').read_text()}")
+        group.remove()
+        shutil.rmtree(place)
 
 
-async def _try(client: httpx.AsyncClient, path: str) -> httpx.Response | None:
-    try:
-        return await client.get(path)
-    except httpx.TransportError:
-        return None
+class Commands:
+    """Starts the command, and waits for it."""
 
+    def __init__(self, home: Path) -> None:
+        self._slots = home / "slots"
+        self._ending: set[asyncio.Task[int]] = set()
 
-def _private(pid: int | str) -> int:
-    """KiB of memory that only this process has."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(PRIVATE))
-
-
-async def exits(service: Service, runners: int) -> None:
-    """Measure from a runner's last act to the client's receipt of its end, by long-poll."""
-    delays, launches = [], []
-
-    async def one(client: httpx.AsyncClient, number: int) -> None:
+    async def drive(self, launches: int, at_once: int) -> Round:
         began = time.perf_counter()
-        record = await service.launch(client, "last-act", f"exit-{number}")
-        launches.append(time.perf_counter() - began)
-        tag = ""
-        while record["phase"] != "finished":
-            headers = {"If-None-Match": tag, "Prefer": "wait=30"} if tag else {}
-            answer = await client.get(record["links"]["self"], headers=headers)
-            received = time.time()
-            tag = answer.headers["ETag"]
-            record = answer.json() if answer.status_code == httpx.codes.OK else record
-        ended = float((service.home / "slots" / f"exit-{number}" / "ended").read_text())
-        delays.append(received - ended)
+        done = await drive(launches, at_once, self._launch)
+        while self._ending:
+            await asyncio.wait(self._ending)
+        done.gone = time.perf_counter() - began
+        return done
 
+    async def _launch(self, number: int) -> None:
+        nothing = asyncio.subprocess.DEVNULL
+        slot = self._slots / f"slot-{number}"
+        process = await asyncio.create_subprocess_exec(*COMMANDS["at-once"], stdin=nothing, stdout=nothing, cwd=slot)
+        task = asyncio.create_task(process.wait())
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+
+async def readable(fd: int) -> None:
+    """Wait until there is something to read, or until the other end of a pipe is closed."""
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_reader(fd, lambda: None if ready.done() else ready.set_result(None))
+    await ready
+    loop.remove_reader(fd)
+
+
+# What is measured.
+
+
+async def launches(service: Service, options: argparse.Namespace, report: Report) -> None:
+    """Let the three launch in turn."""
+    sides = {name: Bare(__file__, name, str(service.home)) for name in ("shim", "command")}
+    for side in sides.values():
+        await side.start()
+    figures: dict[int, Json] = {}
     async with service.client() as client:
-        for first in range(0, runners, AT_ONCE):
-            await asyncio.gather(*(one(client, number) for number in range(first, min(runners, first + AT_ONCE))))
-    show(f"launch, {AT_ONCE} at once", launches)
-    show(f"last act to receipt, {AT_ONCE} at once", delays)
+
+        async def ours(count: int, at_once: int) -> Round:
+            async def launch(number: int) -> None:
+                await service.launch(client, "at-once", number)
+
+            spent, began = service.cpu_seconds(), time.perf_counter()
+            done = await drive(count, at_once, launch)
+            runs = service.state / "runners"
+            while any(runs.iterdir()):
+                await asyncio.sleep(0.002)
+            done.gone, done.cpu = time.perf_counter() - began, service.cpu_seconds() - spent
+            return done
+
+        for at_once in options.at_once:
+            count = max(options.launches, 2 * at_once)
+            turns = {"service": partial(ours, count, at_once)}
+            turns |= {f"bare {name}": partial(side.run, count, at_once) for name, side in sides.items()}
+            figures[at_once] = compared(await in_turns(options.rounds, turns))
+    for side in sides.values():
+        await side.stop()
+    report.figures["launches"] = figures
+    table_of_sides(report, "local launches", figures)
+    alone = figures[min(figures)]
+    for key, most in (("p50_ms", 5.0), ("p99_ms", 25.0)):
+        beyond = alone["service"][key] - alone["bare shim"][key]
+        report.promise(f"local launch beyond the bare shim, {key.replace('_', ', ')}", beyond, at_most=most)
+    ratio = min(each["bare shim"]["ratio_gone"] for each in figures.values())
+    report.promise("local throughput beside the bare shim, launched and gone", ratio, at_least=0.6)
 
 
-async def many(service: Service, live: int) -> None:
-    """Have many alive at once; kill the service and start it again."""
-    idle = service.memory()
-    gate = asyncio.Semaphore(LAUNCHING_AT_ONCE)
-
-    async def one(client: httpx.AsyncClient, number: int) -> None:
-        async with gate:
-            await service.launch(client, "live", f"live-{number}")
-
+async def ends(service: Service, options: argparse.Namespace, report: Report) -> None:
+    """Measure from a runner's last act to the client's receipt of its end."""
+    delays: list[float] = []
     async with service.client() as client:
-        began = time.perf_counter()
-        await asyncio.gather(*(one(client, number) for number in range(live)))
-        rate = live / (time.perf_counter() - began)
-    print(f"{live} live runners: {rate:.0f} launches/s, {LAUNCHING_AT_ONCE} at once")
-    print(
-        f"service memory: {idle:.0f} MiB idle, {(service.memory() - idle) * 1024 / live:.1f} KiB more for each live runner"
+
+        async def one(number: int) -> None:
+            slot = service.slot(number)
+            (slot / "last-act.sh").write_text("sleep 0.2; date +%s.%N >ended")
+            record, received = await service.until_end(client, await service.launch(client, "last-act", number))
+            if record["state"] != "completed":
+                raise SystemExit(f"a runner did not complete: {record}")
+            delays.append(received - float((slot / "ended").read_text()))
+
+        await drive(options.ends, ENDS_AT_ONCE, one)
+    figures = {"p50_ms": part(delays, 0.5), "p99_ms": part(delays, 0.99), "ends": len(delays)}
+    report.figures["ends"] = figures
+    report.table(
+        ["local ends", "p50, ms", "p99, ms"], [[f"last act to receipt, {ENDS_AT_ONCE} at once", *figures.values()][:3]]
     )
-    shims = [path.read_text().split()[0] for path in (service.home / "state" / "runners").glob("*/claim")]
-    sizes = [_private(pid) for pid in shims]
-    print(f"private memory of a shim: median {statistics.median(sizes):.0f} KiB, largest {max(sizes)} KiB")
+    report.promise("a local end is seen, p99, ms", figures["p99_ms"], at_most=20.0)
+
+
+async def many(service: Service, live: int, report: Report) -> None:
+    """Have many alive at once; kill the service and start it again."""
+    idle = service.private_kib()
+    async with service.client() as client:
+
+        async def launch(number: int) -> None:
+            await service.launch(client, "live", number)
+
+        done = await drive(live, LAUNCHING_AT_ONCE, launch)
+        shims = [int(path.read_text().split()[0]) for path in (service.state / "runners").glob("*/claim")]
+        figures: Json = {
+            "live": live,
+            "launched_per_second": live / done.launched,
+            "idle_mib": idle / 1024,
+            "kib_each": (service.private_kib() - idle) / live,
+            "shim_kib": statistics.median(map(private_kib, shims)),
+        }
     await service.end(signal.SIGKILL)
-    print(f"killed and started again with {live} live runners: ready after {await service.start():.2f} s")
+    figures["restart_seconds"] = await service.start()
     async with service.client() as client:
         began = time.perf_counter()
-        pools = (await client.get("/pools/live")).json()
-        print(
-            f"  it counts {pools['current_running']} running; that answer took {(time.perf_counter() - began) * 1000:.0f} ms"
-        )
-        items: list[dict[str, Any]] = []
-        cursor = None
-        while True:
-            page = (
-                await client.get(
-                    "/runners", params={"state": "running", "limit": 500, **({"cursor": cursor} if cursor else {})}
-                )
-            ).json()
-            items += page["items"]
-            cursor = page["next_cursor"]
-            if not cursor:
-                break
-
-        async def stop(item: dict[str, Any]) -> None:
-            async with gate:
-                await client.delete(item["links"]["self"], params={"grace": 0})
-
-        began = time.perf_counter()
-        await asyncio.gather(*(stop(item) for item in items))
-        while (await client.get("/pools/live")).json()["current_running"]:
-            await asyncio.sleep(0.1)
-        print(f"  all {len(items)} stopped in {time.perf_counter() - began:.1f} s")
+        if (found := await service.stop_all(client, "live")) != live:
+            raise SystemExit(f"of {live} runners {found} were found again")
+        figures["stopped_per_second"] = live / (time.perf_counter() - began)
+    report.figures["many"] = figures
+    names = {
+        "launched_per_second": f"launched a second, {LAUNCHING_AT_ONCE} at once",
+        "idle_mib": "service memory before, MiB",
+        "kib_each": "service memory for each, KiB",
+        "shim_kib": "memory of a shim, KiB",
+        "restart_seconds": "killed and started again: ready after, s",
+        "stopped_per_second": "stopped a second",
+    }
+    report.table([f"{live:,} live local runners", ""], [[name, figures[key]] for key, name in names.items()])
+    report.promise(f"memory for each of {live} live runners, KiB", figures["kib_each"], at_most=20.0)
+    report.promise(f"restart to ready with {live} live runners, s", figures["restart_seconds"], at_most=5.0)
 
 
-def show(name: str, seconds: list[float]) -> None:
-    ordered = sorted(1000 * value for value in seconds)
-    p99 = ordered[min(len(ordered) - 1, round(0.99 * len(ordered)))]
-    print(f"{name}: median {statistics.median(ordered):.1f} ms, p99 {p99:.1f} ms, over {len(ordered)}")
+async def measure(home: Path, options: argparse.Namespace, report: Report) -> None:
+    service = Service(home, POOLS)
+    for number in range(max(options.launches, options.ends, options.live, 2 * max(options.at_once))):
+        service.slot(number).mkdir()
+    async with service.running():
+        if options.launches:
+            await launches(service, options, report)
+        if options.ends:
+            await ends(service, options, report)
+        if options.live:
+            await many(service, options.live, report)
 
 
-async def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--runners", type=int, default=500)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--launches", type=int, default=200, help="in a round, and at least two for each at once; 0: none")
+    parser.add_argument("--rounds", type=int, default=7, help="of each side at each concurrency, after one to warm up")
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--ends", type=int, default=500)
     parser.add_argument("--live", type=int, default=2000)
-    options = parser.parse_args()
-    home = Path(tempfile.mkdtemp(prefix="bench-"))
-    service = Service(home)
-    try:
-        print(f"start with an empty store to ready: {await service.start():.2f} s")
-        await exits(service, options.runners)
-        await many(service, options.live)
-    finally:
-        if service.process and service.process.returncode is None:
-            await service.end(signal.SIGTERM)
-        shutil.rmtree(home, ignore_errors=True)
+    bench(parser, measure)
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    if sys.argv[1:2] == ["--bare"]:
+        kind, home = sys.argv[2:]
+        asyncio.run(obey((Shims if kind == "shim" else Commands)(Path(home)).drive))
+    else:
+        main()

@@ -1,6 +1,6 @@
 """Figures of reads, from a client's clock: records beside a constant route of the same server, pages of stores of any size.
 
-    python tests/bench/reads.py [--seconds 2] [--rounds 7] [--records 1000 100000 1000000] [--json FILE]
+    python tests/bench/reads.py [--seconds 2] [--rounds 7] [--records 1000 100000 1000000]
 
 Load comes from this process and is served by others. Records and the constant (``/livez``) are asked for in turn; what is
 told beside requests a second is the service's own processor time for each, which other load hardly touches. Pages are asked
@@ -9,99 +9,46 @@ of one service for each size of store, in turn. Nothing here fails on a slow mac
 
 import argparse
 import asyncio
-import json
-import os
-import shutil
-import signal
 import sqlite3
 import statistics
-import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
 
-import httpx
+from figures import Json, Report, bench
+from served import Service
 
 AT_ONCE = 8
 PAGES = 40
-PROMISED_RATIO, PROMISED_FLAT = 0.6, 1.3
 BATCH = 10_000
+POOLS = {"local": {"type": "local-process", "max_concurrency": 10, "config": {"command": ["true"]}}}
 
-Json = dict[str, Any]
+
+async def one_record(service: Service) -> str:
+    """Launch a runner and wait for its end; gives where its record is."""
+    service.slot(0).mkdir()
+    async with service.client() as client:
+        record, _ = await service.until_end(client, await service.launch(client, "local", 0))
+        return str(record["links"]["self"])
 
 
-class Service:
-    """The service in a home, in a process of its own."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        self.ready_after = 0.0
-        (home / "slots" / "slot").mkdir(parents=True)
-        pool = "{type: local-process, max_concurrency: 10, config: {command: ['true']}}"
-        (home / "pools.yaml").write_text(f"agent_pools:\n  local: {pool}\n")
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator["Service"]:
-        settings = {
-            "LISTEN": "127.0.0.1:0",
-            "STATE_DIR": str(self.home / "state"),
-            "POOLS_FILE": str(self.home / "pools.yaml"),
-            "SLOT_ROOTS": str(self.home / "slots"),
-        }
-        env = {**os.environ, **{f"RUNNER_LAUNCHER_{name}": value for name, value in settings.items()}}
-        log, began = self.home / "service.log", time.perf_counter()
-        with log.open("wb") as file:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "app.cli", "serve", env=env, stdout=file, stderr=file
-            )
-        try:
-            while "listening on" not in (text := log.read_text()):
-                if process.returncode is not None:
-                    raise SystemExit(f"the service did not start: {text}")
-                await asyncio.sleep(0.005)
-            self.pid, self.url = process.pid, text.split("listening on ")[1].split(";")[0]
-            self.token = (self.home / "state" / "token").read_text().strip()
-            await asyncio.to_thread(httpx.get, f"{self.url}/readyz")
-            self.ready_after = time.perf_counter() - began
-            yield self
-        finally:
-            process.send_signal(signal.SIGTERM)
-            await process.wait()
-
-    def processor_seconds(self) -> float:
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    async def one_record(self) -> str:
-        """Launch a runner and wait for its end; gives where its record is."""
-        slot = {"slot_id": "slot", "slot_path": str(self.home / "slots" / "slot"), "repo_url": "none"}
-        async with httpx.AsyncClient(base_url=self.url, headers={"Authorization": f"Bearer {self.token}"}) as client:
-            body = {"task": {"id": "bench"}, "slot": slot, "pool": "local"}
-            path = str((await client.post("/runners", json=body)).raise_for_status().headers["Location"])
-            while (await client.get(path)).json()["phase"] != "finished":
-                await asyncio.sleep(0.02)
-            return path
-
-    def fill(self, records: int) -> None:
-        """Copy the one ended record there is, until there are so many. The service must not run."""
-        [database] = (self.home / "state").glob("*.db")
-        connection = sqlite3.connect(database)
-        connection.row_factory = sqlite3.Row
-        row = dict(connection.execute("SELECT * FROM runners").fetchone())
-        del row["seq"]
-        names = ", ".join(row)
-        insert = f"INSERT INTO runners ({names}) VALUES ({', '.join(f':{name}' for name in row)})"  # noqa: S608 - of a table
-        for first in range(1, records, BATCH):
-            copies = []
-            for number in range(first, min(records, first + BATCH)):
-                name = f"runner-{number:012x}"
-                copies.append({**row, "runner_id": name, "body": row["body"].replace(row["runner_id"], name)})
-            with connection:
-                connection.executemany(insert, copies)
-        connection.close()
+def fill(service: Service, records: int) -> None:
+    """Copy the one ended record there is, until there are so many. The service must not run."""
+    [database] = (service.state).glob("*.db")
+    connection = sqlite3.connect(database)
+    connection.row_factory = sqlite3.Row
+    row = dict(connection.execute("SELECT * FROM runners").fetchone())
+    del row["seq"]
+    names = ", ".join(row)
+    insert = f"INSERT INTO runners ({names}) VALUES ({', '.join(f':{name}' for name in row)})"  # noqa: S608 - of a table
+    for first in range(1, records, BATCH):
+        copies = []
+        for number in range(first, min(records, first + BATCH)):
+            name = f"runner-{number:012x}"
+            copies.append({**row, "runner_id": name, "body": row["body"].replace(row["runner_id"], name)})
+        with connection:
+            connection.executemany(insert, copies)
+    connection.close()
 
 
 class Connection:
@@ -134,7 +81,7 @@ class Connection:
 async def rate(service: Service, seconds: float, path: str, expected: int, **headers: str) -> tuple[float, float]:
     """Ask from several connections for a while; gives requests a second, and the service's milliseconds of CPU for each."""
     connections = [await Connection(service).open() for _ in range(AT_ONCE)]
-    began, spent, count = time.perf_counter(), service.processor_seconds(), 0
+    began, spent, count = time.perf_counter(), service.cpu_seconds(), 0
 
     async def ask(connection: Connection) -> None:
         nonlocal count
@@ -143,13 +90,13 @@ async def rate(service: Service, seconds: float, path: str, expected: int, **hea
             count += 1
 
     await asyncio.gather(*map(ask, connections))
-    took, spent = time.perf_counter() - began, service.processor_seconds() - spent
+    took, spent = time.perf_counter() - began, service.cpu_seconds() - spent
     for connection in connections:
         connection.close()
     return count / took, 1000 * spent / count
 
 
-async def records(service: Service, path: str, options: argparse.Namespace) -> Json:
+async def records(service: Service, path: str, options: argparse.Namespace, report: Report) -> None:
     tag = (await (await Connection(service).open()).get(path, 200))["etag"]
     ways: dict[str, tuple[str, int, dict[str, str]]] = {
         "constant": ("/livez", 200, {}),
@@ -159,26 +106,24 @@ async def records(service: Service, path: str, options: argparse.Namespace) -> J
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for number in range(-1, options.rounds):  # the first is to warm up
         for name, (where, expected, headers) in ways.items():
-            figures = await rate(service, options.seconds, where, expected, **headers)
+            asked = await rate(service, options.seconds, where, expected, **headers)
             if number >= 0:
-                seen[name].append(figures)
-    result: Json = {}
+                seen[name].append(asked)
+    figures: Json = {}
     for name, rounds in seen.items():
-        ratio = statistics.median(a[0] / b[0] for a, b in zip(rounds, seen["constant"], strict=True))
-        result[name] = {
+        figures[name] = {
             "per_second": statistics.median(each[0] for each in rounds),
             "service_ms": statistics.median(each[1] for each in rounds),
-            "ratio": ratio,
+            "ratio": statistics.median(a[0] / b[0] for a, b in zip(rounds, seen["constant"], strict=True)),
         }
-        print(
-            f"{name}: {result[name]['per_second']:.0f}/s, {result[name]['service_ms']:.2f} ms of the service each, "
-            f"ratio {ratio:.2f}",
-            flush=True,
-        )
-    return result
+    report.figures["records"] = figures
+    columns = [f"reads, {AT_ONCE} connections", "a second", "own processor, ms each", "to the constant"]
+    report.table(columns, [[name, *each.values()] for name, each in figures.items()])
+    for name in ("record", "304"):
+        report.promise(f"{name} beside a constant", figures[name]["ratio"], at_least=0.6)
 
 
-async def pages(services: dict[int, Service]) -> Json:
+async def pages(services: dict[int, Service], report: Report) -> None:
     """Ask each service for its first page of 100, in turn."""
     seen: dict[int, list[float]] = {records: [] for records in services}
     connections = {records: await Connection(service).open() for records, service in services.items()}
@@ -188,55 +133,35 @@ async def pages(services: dict[int, Service]) -> Json:
             await connection.get("/runners?limit=100", 200)
             if number >= 0:
                 seen[records].append(1000 * (time.perf_counter() - began))
-    medians = {str(records): statistics.median(took) for records, took in seen.items()}
-    for name, median in medians.items():
-        print(f"a page of 100 of {name} records: median {median:.1f} ms", flush=True)
+    medians = {records: statistics.median(took) for records, took in seen.items()}
+    report.figures["pages"] = medians
+    report.table(["a page of 100, of so many records", "median, ms"], [list(row) for row in medians.items()])
     first, *others = medians.values()
-    return {"median_ms": medians, "ratio": max(others, default=first) / first}
+    report.promise("pages beside those of the smallest store", max(others, default=first) / first, at_most=1.3)
 
 
-async def main() -> None:
-    parser = argparse.ArgumentParser()
+async def measure(home: Path, options: argparse.Namespace, report: Report) -> None:
+    services: dict[int, Service] = {}
+    for number in options.records:
+        service = services[number] = Service(home / str(number), POOLS)
+        async with service.running():
+            path = await one_record(service)
+            if not report.figures:
+                await records(service, path, options, report)
+        await asyncio.to_thread(fill, service, number)
+    async with AsyncExitStack() as stack:
+        for service in services.values():
+            await stack.enter_async_context(service.running())
+        await pages(services, report)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each of the rounds' three ways to ask")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--records", type=int, nargs="+", default=[1000, 100_000, 1_000_000])
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    home = Path(tempfile.mkdtemp(prefix="bench-"))
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.2f} before")
-    try:
-        result: Json = {}
-        services = {}
-        for number in options.records:
-            service = services[number] = Service(home / str(number))
-            async with service.running():
-                path = await service.one_record()
-                if "records" not in result:
-                    result["ready_after_seconds"] = service.ready_after
-                    print(f"start with an empty store to ready: {service.ready_after:.2f} s")
-                    result["records"] = await records(service, path, options)
-            await asyncio.to_thread(service.fill, number)
-        async with _all(services):
-            result["pages"] = await pages(services)
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
-    least = min(result["records"][name]["ratio"] for name in ("record", "304"))
-    print(f"promised: ratio at least {PROMISED_RATIO}, here {least:.2f}")
-    print(f"promised: pages within {PROMISED_FLAT} of the smallest store's, here {result['pages']['ratio']:.2f}")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
-
-
-@asynccontextmanager
-async def _all(services: dict[int, Service]) -> AsyncIterator[None]:
-    if not services:
-        yield
-        return
-    (first, service), *others = services.items()
-    del first
-    async with service.running(), _all(dict(others)):
-        yield
+    bench(parser, measure)
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()
