@@ -99,7 +99,7 @@ class House:
 @pytest.fixture
 async def house(cluster: tuple[World, Json], tmp_path: Path) -> AsyncIterator[House]:
     world, user = cluster
-    door, installation = Door(world.configuration), uuid4().hex
+    door, installation = Door(world.url), uuid4().hex
     await door.open()
     kubeconfig = write_kubeconfig(tmp_path / "kubeconfig", world, door, user)
     async with aclosing(KubernetesLauncher(kubeconfig, None, world.namespace, installation)) as launcher:

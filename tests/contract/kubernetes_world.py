@@ -35,6 +35,7 @@ class World:
 
     def __init__(self, configuration: Configuration, namespace: str) -> None:
         self.configuration = configuration
+        self.url = str(configuration.host)
         self.namespace = namespace
 
     async def call(self, method: str, path: str, body: Json | None = None, **query: str | int) -> Json:
@@ -87,12 +88,12 @@ class World:
 
 
 class Door:
-    """A TCP proxy before the API."""
+    """A TCP proxy before the server of a URL, at an address of this machine."""
 
-    def __init__(self, configuration: Configuration) -> None:
-        place = urlsplit(configuration.host)
+    def __init__(self, url: str, address: str = "127.0.0.1") -> None:
+        place = urlsplit(url)
         self.host, self.port = str(place.hostname), place.port or 443
-        self.own_port = 0
+        self.address, self.own_port = address, 0
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
         self._carrying: set[asyncio.Task[None]] = set()
@@ -100,7 +101,7 @@ class Door:
 
     async def open(self) -> None:
         """Let connections through."""
-        self._server = await asyncio.start_server(self._pass, "127.0.0.1", self.own_port)
+        self._server = await asyncio.start_server(self._pass, self.address, self.own_port)
         self.own_port = self._server.sockets[0].getsockname()[1]
 
     async def drop(self) -> None:
