@@ -15,7 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import until
-from docker_engine import HOST, Api, missing
+from docker_engine import HOST, Api
+from engines import missing
 
 PROJECT = Path(__file__).parent.parent
 BASE = os.environ.get("BASE_IMAGE") or "python:3.11-slim-bookworm"
@@ -34,9 +35,9 @@ def docker(*arguments: str) -> str:
 def image(docker_engine: Api) -> str:
     """The image's id."""
     if not shutil.which("docker"):
-        missing("building the image needs the docker program")
+        missing("docker", "building the image needs the docker program")
     if not docker_engine.has_image(BASE):
-        missing(f"the Docker engine at {HOST} has no image {BASE}; BASE_IMAGE names another with Python 3.11 or later")
+        missing("docker", f"the Docker engine at {HOST} has no image {BASE}; BASE_IMAGE names another with Python 3.11")
     build = ("build", "--quiet", "--network", "host", "--build-arg", f"BASE_IMAGE={BASE}")
     return docker(
         *build,

@@ -25,9 +25,10 @@ import pytest
 from chart import CHART, helm
 from conftest import Json, until
 from docker_engine import Api
+from engines import missing
 from kubernetes_asyncio.client import ApiException, CoreV1Api
 from kubernetes_asyncio.stream import WsApiClient
-from kubernetes_world import IMAGE, REQUIRED, Door, World, cluster_session
+from kubernetes_world import IMAGE, Door, World, cluster_session
 from psycopg.conninfo import conninfo_to_dict
 from service_image import docker
 
@@ -312,7 +313,7 @@ async def test_two_replicas_do_their_job_in_a_cluster_with_the_minimal_role(
 @pytest.mark.slow
 async def test_a_rolling_update_under_load_loses_no_runner(owner: World, repository: str, postgres: str) -> None:
     if not shutil.which("kubectl"):
-        (pytest.fail if REQUIRED else pytest.skip)("pods are reached from here by kubectl, which is not installed")
+        missing("kubernetes", "pods are reached from here by kubectl, which is not installed")
     async with installed(owner, repository, SHORT_OR_UNTIL_TOLD, postgres) as here:
         before = set(await serving(here.launchers))
         dispatchers = [Dispatcher(here.launchers) for _ in range(2)]

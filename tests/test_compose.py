@@ -12,7 +12,8 @@ import httpx
 import pytest
 import yaml
 from conftest import finished, launch_body, launched, until
-from docker_engine import HOST, IMAGE, Api, missing
+from docker_engine import HOST, IMAGE, Api
+from engines import missing
 from service_image import PROJECT, USER, docker
 
 pytestmark = pytest.mark.timeout(400)  # the first to need it builds the image
@@ -59,7 +60,7 @@ def compose() -> tuple[str, ...]:
         else None
     )
     if known is None or known.returncode:
-        missing("docker compose, or docker-compose 1.28 or later, is not installed")
+        missing("docker", "docker compose, or docker-compose 1.28 or later, is not installed")
     return ("docker", "compose")
 
 
@@ -69,7 +70,7 @@ def proxy_image(docker_engine: Api) -> str:
     if docker_engine.has_image(PROXY):
         return PROXY
     if not docker_engine.has_image("debian:bookworm-slim"):
-        missing(f"the Docker engine at {HOST} has neither an image {PROXY} nor debian:bookworm-slim to make one of")
+        missing("docker", f"the Docker engine at {HOST} has neither {PROXY} nor debian:bookworm-slim to make it of")
     command = ["docker", "--host", HOST, "build", "--quiet", "--network", "host", "-"]
     return subprocess.run(command, input=LOCAL_PROXY, capture_output=True, text=True, check=True, timeout=300).stdout.strip()
 
@@ -78,7 +79,7 @@ def proxy_image(docker_engine: Api) -> str:
 def stack(compose: tuple[str, ...], image: str, proxy_image: str, tmp_path: Path) -> Iterator[tuple[str, ...]]:
     """Everything up, with pools like those that are shipped; gives the start of a compose command."""
     if os.geteuid():
-        pytest.skip("a slot is given to the image's user by root alone")
+        missing("root", "a slot is given to the image's user by root alone")
     name = f"runner-launcher-test-{secrets.token_hex(4)}"
     pools = yaml.safe_load((COMPOSE.parent / "compose" / "pools.yaml").read_text())
     pools["agent_pools"]["docker"]["config"] |= {"image": IMAGE, "command": ["sh", "agent.sh"], "network": name}

@@ -12,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from engines import missing
 from kubernetes_asyncio.client import ApiException
 from kubernetes_world import IMAGE, Door, Gate, Json, World, cluster_session, write_kubeconfig
 from launcher_contract import COUNTS_SLOWLY, HANDLES_TERM, LINES, LOOP, RUNS_ON, Script, exits, new_id
@@ -590,7 +591,7 @@ class Control:
 async def control(house: House) -> AsyncIterator[Control]:  # noqa: ARG001 - what it leaves is removed when all is back
     program = os.environ.get("KUBERNETES_CONTROL")
     if not program:
-        pytest.skip("KUBERNETES_CONTROL names no program that stops and starts parts of the cluster")
+        missing("kubernetes-control", "KUBERNETES_CONTROL names no program that stops and starts parts of the cluster")
     made = Control(program)
     yield made
     await made.back()

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from docker_engine import HOST, IMAGE, Api, missing
+from docker_engine import HOST, IMAGE, Api
+from engines import missing
 from kubernetes_world import cluster_session
 from service_image import BASE, PROJECT, docker
 
@@ -118,7 +119,7 @@ def copy(tmp_path: Path) -> Copy:
     """The files that are in the repository, or about to be."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     if not shutil.which("git") or not (PROJECT / ".git").exists():
-        pytest.skip("what belongs to the project is told by git, which is not here or knows nothing of it")
+        missing("clone", "what belongs to the project is told by git, which is not here or knows nothing of it")
     for name in filter(
         None, subprocess.run(listed, cwd=PROJECT, capture_output=True, text=True, check=True).stdout.split("\0")
     ):
@@ -126,7 +127,7 @@ def copy(tmp_path: Path) -> Copy:
             (tmp_path / "project" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(PROJECT / name, tmp_path / "project" / name)
     if not (PROJECT / ".venv" / "ready").exists():
-        pytest.skip("the commands run what `make .venv/ready` installs")
+        missing("clone", "the commands run what `make .venv/ready` installs")
     (tmp_path / "project" / ".venv").symlink_to(PROJECT / ".venv")
     made = Copy(tmp_path / "project")
     made.replace("seconds_per_step: 1", "seconds_per_step: 0.7", "examples/pools.yaml")
@@ -156,7 +157,7 @@ def test_the_local_pages(copy: Copy, port: int, page: str) -> None:
 
 def test_the_docker_page(copy: Copy, port: int, docker_engine: Api) -> None:
     if not shutil.which("docker") or not docker_engine.has_image(BASE) or HOST != "unix:///var/run/docker.sock":
-        missing(f"the page needs the docker program, an image {BASE}, and the engine at its usual socket")
+        missing("docker", f"the page needs the docker program, an image {BASE}, and the engine at its usual socket")
     assert docker_engine.has_image(IMAGE)
     name = f"runner-launcher-first-{secrets.token_hex(4)}"
     copy.replace("runner-launcher-first", name)
@@ -172,7 +173,7 @@ def test_the_docker_page(copy: Copy, port: int, docker_engine: Api) -> None:
 
 def test_the_kubernetes_page(copy: Copy, port: int) -> None:
     if not shutil.which("kubectl"):
-        pytest.skip("kubectl is not installed")
+        missing("kubernetes", "kubectl is not installed")
     with cluster_session():
         pass
     namespace = f"runner-launcher-first-{secrets.token_hex(4)}"

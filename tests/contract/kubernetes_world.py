@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-import pytest
 import yaml
 from aiohttp import web
+from engines import missing
 from kubernetes_asyncio import config
 from kubernetes_asyncio.client import ApiClient, ApiException, Configuration, CoreV1Api
 from kubernetes_asyncio.stream import WsApiClient
 
 Json = dict[str, Any]
 
-REQUIRED = "kubernetes" in os.environ.get("REQUIRE_ENGINES", "").split(",")
 IMAGE = os.environ.get("RUNNER_LAUNCHER_TEST_IMAGE", "busybox:latest")
 RBAC = Path(__file__).parents[2] / "deploy/kubernetes/rbac.yaml"
 
@@ -253,15 +252,13 @@ def write_kubeconfig(path: Path, world: World, door: Door, user: Json) -> Path:
 @contextlib.contextmanager
 def cluster_session() -> Iterator[tuple[World, Json]]:
     """A namespace for a session, and who the launcher is in it. Skips, or fails, where there is no cluster."""
-    if not REQUIRED and not os.environ.get("KUBECONFIG"):
-        pytest.skip("KUBECONFIG is not set: there is no cluster to test on")
+    if not os.environ.get("KUBECONFIG"):
+        missing("kubernetes", "KUBECONFIG is not set: there is no cluster to test on")
     name = f"runner-launcher-test-{secrets.token_hex(4)}"
     try:
         world, user = asyncio.run(_up(name))
-    except Exception as error:  # whatever it is, there is no cluster
-        if REQUIRED:
-            raise
-        pytest.skip(f"no cluster that KUBECONFIG names can be used: {error!r}")
+    except Exception as error:  # noqa: BLE001 - whatever it is, there is no cluster
+        missing("kubernetes", f"no cluster that KUBECONFIG names can be used: {error!r}")
     try:
         yield world, user
     finally:
