@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -28,7 +27,7 @@ from docker_engine import Api
 from engines import missing
 from kubernetes_asyncio.client import ApiException, CoreV1Api
 from kubernetes_asyncio.stream import WsApiClient
-from kubernetes_world import IMAGE, Door, World, cluster_session
+from kubernetes_world import IMAGE, World, address_for_pods, api_reached, cluster_session, door
 from psycopg.conninfo import conninfo_to_dict
 from service_image import docker
 
@@ -72,44 +71,6 @@ async def namespace(owner: World) -> AsyncIterator[World]:
         yield World(owner.configuration, name)
     finally:
         await owner.call("DELETE", f"/api/v1/namespaces/{name}")
-
-
-# What pods reach.
-
-
-async def address_for_pods(owner: World) -> str:
-    """Give an address of this machine that the cluster's node reaches, and so its pods."""
-    [node, *_] = (await owner.call("GET", "/api/v1/nodes"))["items"]
-    inside = next(each["address"] for each in node["status"]["addresses"] if each["type"] == "InternalIP")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((inside, 9))  # sends nothing
-        address: str = probe.getsockname()[0]
-        return address
-
-
-@asynccontextmanager
-async def door(url: str, address: str) -> AsyncIterator[Door]:
-    """A way to a server that only this machine reaches."""
-    made = Door(url, address)
-    await made.open()
-    try:
-        yield made
-    finally:
-        await made.close()
-
-
-@asynccontextmanager
-async def api_reached(owner: World) -> AsyncIterator[Json]:
-    """Values by which pods reach the API; a cluster with nothing behind its Service ``kubernetes`` needs some."""
-    if (await owner.find("/api/v1/namespaces/default/endpoints/kubernetes") or {}).get("subsets"):
-        yield {"env": {}}
-        return
-    address, name = await address_for_pods(owner), "kubernetes.default.svc"  # which its certificate is for
-    async with door(owner.url, address) as way:
-        yield {
-            "hostAliases": [{"ip": address, "hostnames": [name]}],
-            "env": {"KUBERNETES_SERVICE_HOST": name, "KUBERNETES_SERVICE_PORT": str(way.own_port)},
-        }
 
 
 @asynccontextmanager

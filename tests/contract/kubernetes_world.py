@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import secrets
+import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -135,6 +136,41 @@ class Door:
         self._open |= {writer, back}
         await asyncio.gather(_carry(reader, back), _carry(there, writer))
         self._open -= {writer, back}
+
+
+async def address_for_pods(owner: World) -> str:
+    """Give an address of this machine that the cluster's node reaches, and so its pods."""
+    [node, *_] = (await owner.call("GET", "/api/v1/nodes"))["items"]
+    inside = next(each["address"] for each in node["status"]["addresses"] if each["type"] == "InternalIP")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((inside, 9))  # sends nothing
+        address: str = probe.getsockname()[0]
+        return address
+
+
+@asynccontextmanager
+async def door(url: str, address: str) -> AsyncIterator[Door]:
+    """A way to a server that only this machine reaches."""
+    made = Door(url, address)
+    await made.open()
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+@asynccontextmanager
+async def api_reached(owner: World) -> AsyncIterator[Json]:
+    """Values by which pods reach the API; a cluster with nothing behind its Service ``kubernetes`` needs some."""
+    if (await owner.find("/api/v1/namespaces/default/endpoints/kubernetes") or {}).get("subsets"):
+        yield {"env": {}}
+        return
+    address, name = await address_for_pods(owner), "kubernetes.default.svc"  # which its certificate is for
+    async with door(owner.url, address) as way:
+        yield {
+            "hostAliases": [{"ip": address, "hostnames": [name]}],
+            "env": {"KUBERNETES_SERVICE_HOST": name, "KUBERNETES_SERVICE_PORT": str(way.own_port)},
+        }
 
 
 class Gate:
