@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: help demo serve check test crash replicas faults bench openapi hooks audit dist reference docs image lint screenshots lock clean
 help: ## what there is
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 .venv/ready: requirements-dev.txt pyproject.toml client/pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; name one with make PYTHON=...") if sys.version_info < (3, 11) else None'
@@ -62,9 +62,10 @@ screenshots: .venv/ready ## take the pictures of the status page in docs/screens
 hooks: .venv/shipping ## have git run check before a commit, and audit before a push
 	$(BIN)/pre-commit install --hook-type pre-commit --hook-type pre-push
 
-audit: .venv/shipping ## known flaws in what we depend on, unsafe code, secrets that were left in files
+audit: .venv/shipping ## known flaws in what we depend on, unsafe code and workflows, secrets that were left in files
 	$(BIN)/pip-audit --disable-pip --require-hashes --requirement requirements.txt $(PIP_AUDIT_ARGS)
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive app client/runner_launcher_client examples
+	$(BIN)/zizmor --quiet --offline .github/workflows
 	git ls-files -z ':!tests/golden' ':!requirements*.txt' ':!openapi/versions.yaml' | xargs -0 $(BIN)/detect-secrets-hook \
 	  --disable-plugin KeywordDetector --exclude-lines '@[a-z.]*example\.'
 

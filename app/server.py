@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import uvicorn
 from fastapi import FastAPI
@@ -70,7 +70,10 @@ async def serve_until_told(settings: Settings, create: Callable[..., FastAPI] = 
 
 def _watch_processes_without_threads() -> None:
     """Let Python 3.11 do what later ones do by themselves: it would begin a thread for every process that it starts."""
-    if sys.version_info < (3, 12) and hasattr(os, "pidfd_open"):
+    if sys.version_info >= (3, 12):
+        return
+    with suppress(AttributeError, OSError):  # of a kernel, or a sandbox, without them
+        os.close(os.pidfd_open(os.getpid()))
         watcher = asyncio.PidfdChildWatcher()
         watcher.attach_loop(asyncio.get_running_loop())
         asyncio.set_child_watcher(watcher)

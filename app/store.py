@@ -1,37 +1,22 @@
-"""What is known of runners, durably: the only SQL.
-
-All writes go through one thread with one connection, which takes whatever waits and commits it together: one disk flush for
-many writes. A write is a function of that connection, run inside its own savepoint; its caller gets its result, or its
-exception, after the commit. Changes are published after the commit too, in the order of their revisions. Because a caller
-that goes away cannot recall a write, nothing here depends on it staying.
+"""What is known of runners, durably.
 
 Every change of a runner is conditional on the revision it was decided on, and carries its event.
 """
 
-import asyncio
-import contextlib
 import functools
-import logging
-import queue
 import re
 import secrets
-import sqlite3
-import threading
-import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from pydantic import JsonValue, TypeAdapter
-from sqlalchemy import Connection, Engine, Row
-from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError
-from sqlalchemy.pool import QueuePool
+from sqlalchemy import Connection, Row
 
 from app import postgres
-from app.errors import AmbiguousId, ConfigurationError, InvalidRequest, NotFound, NotOwner, PoolFull, SlotBusy, Unavailable
+from app.database import BATCH, Database, Write
+from app.errors import AmbiguousId, InvalidRequest, NotFound, NotOwner, PoolFull, SlotBusy
 from app.events import Change, Event
 from app.launcher import LaunchSpec
 from app.pools import Usage
@@ -40,7 +25,6 @@ from app.recent import MOST, Recent
 from app.runner import LIVE as LIVE_PHASES
 from app.runner import PLACED, Phase, Runner, State, admitted
 from app.schema import (
-    HEAD,
     LIVE,
     events,
     history,
@@ -48,24 +32,10 @@ from app.schema import (
     installations,
     leases,
     pool_switches,
-    replicas,
     runner_labels,
     runners,
     specs,
-    webhook_arrears,
-    webhook_targets,
 )
-
-log = logging.getLogger(__name__)
-
-BATCH = 500
-READERS = 2
-IDLE_SECONDS = 0.5
-PATIENCE_SECONDS = 10.0
-"""How long a write waits for a database that is restarted."""
-
-START_SECONDS = 2.0
-"""How often a database that is away at the start is tried."""
 
 CANDIDATES = 5
 """How many runners are named to somebody whose short id means more than one."""
@@ -74,7 +44,6 @@ _ID = re.compile(r"runner-[0-9a-f]{12}")
 _BEGINNING = re.compile(r"runner-[0-9a-f]{1,11}")
 
 T = TypeVar("T")
-Write = Callable[[Connection, list[Change]], T]
 
 _runner = TypeAdapter(Runner)
 _spec = TypeAdapter(LaunchSpec)
@@ -116,22 +85,6 @@ class Filter:
     limit: int = 100
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arrears:
-    """What a webhook target is owed of one runner: its events from ``revision`` on, which were told to fail so often.
-
-    ``parked``: they wait for somebody who says that they are to be tried again. Times are seconds since the epoch.
-    """
-
-    runner_id: str
-    revision: int
-    attempts: int
-    error: str
-    since: float
-    retry_at: float
-    parked: bool
-
-
 @dataclass(frozen=True, slots=True)
 class Fence:
     """The lease that a write is made under; it is refused once somebody else has taken the lease."""
@@ -147,77 +100,40 @@ class Store:
         self._replica = replica or secrets.token_hex(6)
         self._claimed: set[str] = set()  # by this process, which may not be the first of this replica
         self._publish = publish
-        self._closed = False
-        self._ended = threading.Event()
-        self._heeding: list[Callable[[str], None]] = []
         self._told = 0  # the newest revision that was published; shared databases only
-        self._telling = threading.Lock()
-        try:
-            self._url = sa.make_url(url)
-        except ArgumentError:  # whose text may hold a password
-            raise ConfigurationError("RUNNER_LAUNCHER_DATABASE_URL: not a database URL, such as sqlite:////PATH") from None
-        self.shared = self._url.get_backend_name() == "postgresql"  # with other services
+        self.database = Database(url, self._replica, committed=self._committed, news=self._news)
+        self.shared = self.database.shared  # with other services
         self._recent = Recent(0 if self.shared else MOST)
-        self._writes: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
-        self._writer = threading.Thread(target=self._write_all, name="store writer", daemon=True)
-        self._wiped = True  # also by an earlier service, which may have been killed
-        self._readers = ThreadPoolExecutor(READERS, "store reader")
-        self._follower = threading.Thread(target=self._follow, name="store follower", daemon=True)
 
     async def open(self) -> None:
         """Open the database, brought up to date; waits for a server that is away. Raises ConfigurationError."""
-        self._loop = asyncio.get_running_loop()
-        while True:
-            try:
-                await asyncio.to_thread(self._open)
-            except (OSError, DBAPIError) as error:
-                reason = error.orig if isinstance(error, DBAPIError) else error
-                if not self.shared or not postgres.passes(error):
-                    text = f"RUNNER_LAUNCHER_DATABASE_URL: {self._url!r} cannot be used: {reason}"
-                    raise ConfigurationError(text) from error
-                log.warning("waiting for the database %r: %s", self._url, reason)
-                await asyncio.sleep(START_SECONDS)
-            else:
-                break
-        self._writer.start()
-        if self.shared:
-            self._follower.start()
-
-    def _open(self) -> None:
-        if self.shared:
-            self._open_shared()
-            return
-        path = self._url.database
-        if self._url.get_backend_name() != "sqlite" or not path or path == ":memory:":
-            text = f"only sqlite:///PATH and postgresql://HOST/NAME are understood, not {self._url!r}"
-            raise ConfigurationError(f"RUNNER_LAUNCHER_DATABASE_URL: {text}")
-        Path(path).touch(mode=0o600)
-        self._write_engine = _sqlite(self._url, readers=0)
-        self._read_engine = _sqlite(self._url, readers=READERS)
-        _migrate(self._write_engine)
-
-    def _open_shared(self) -> None:
-        if not hasattr(self, "_write_engine"):
-            self._write_engine = postgres.open_engine(self._url, 1, writes=True)
-            self._read_engine = postgres.open_engine(self._url, READERS + 2, writes=False)  # two for the follower
-        _migrate(self._write_engine)
-        with self._read_engine.connect() as connection:
-            self._told = _span(connection)[1]
-        self._wiped = False  # the server sees to what it deleted
+        await self.database.open(self._begin)
 
     async def aclose(self) -> None:
         """Finish the writes that were asked for, and close."""
-        self._closed = True
-        if self._writer.is_alive():
-            self._writes.put(None)
-            await asyncio.to_thread(self._writer.join)
-        if self._follower.is_alive():
-            self._ended.set()
-            await asyncio.to_thread(self._end_follower)
-        await asyncio.to_thread(self._readers.shutdown)
-        for name in ("_write_engine", "_read_engine"):
-            if engine := getattr(self, name, None):
-                await asyncio.to_thread(engine.dispose)  # the last to close writes the log back
+        await self.database.aclose()
+
+    def _begin(self, connection: Connection) -> None:
+        self._told = _span(connection)[1]
+
+    def _news(self, connection: Connection) -> list[Change]:
+        changes = _news(connection, self._told)
+        if changes:
+            self._told = changes[-1].event.revision
+        return changes
+
+    def _committed(self, changes: Sequence[Change]) -> None:
+        self._recent.changed(changes)
+        self._publish(changes)
+
+    async def _read(self, query: Callable[[Connection], T]) -> T:
+        return await self.database.read(query)
+
+    async def _write(self, write: Write[T], fence: Fence | None = None, touch: Callable[[Recent], None] | None = None) -> T:
+        """Write under a lease; ``touch`` is what is done to runners beside their changes."""
+        if fence:
+            write = functools.partial(_fenced, fence, write)
+        return await self.database.write(write, functools.partial(touch, self._recent) if touch else None)
 
     # Writes.
 
@@ -274,7 +190,7 @@ class Store:
 
         def write(connection: Connection, _: list[Change]) -> None:
             connection.execute(_WIPE_SPEC, {"id": runner_id})
-            self._wiped = not self.shared
+            self.database.wipe()
             connection.execute(_CHANGE, {"id": runner_id, "cleaned": True, "log_kept_by": log_kept_by})
 
         await self._write(
@@ -298,45 +214,6 @@ class Store:
             connection.execute(sa.insert(pool_switches).values(pool_name=pool_name, enabled=enabled))
 
         await self._write(write)
-
-    # Webhooks: how far each target was told, and of which runners it is owed something before that.
-
-    async def webhook_place(self, target: str) -> tuple[int | None, bool]:
-        """Give the revision up to which a target was told all but its arrears, None if never, and whether it is gone."""
-        query = sa.select(webhook_targets.c.place, webhook_targets.c.gone).where(webhook_targets.c.name == target)
-        row = await self._read(lambda connection: connection.execute(query).first())
-        return (row.place, row.gone) if row else (None, False)
-
-    async def place_webhook(self, target: str, place: int, *, gone: bool = False) -> None:
-        """Note how far a target was told; ``gone``: it said that it wants to hear no more."""
-
-        def write(connection: Connection, _: list[Change]) -> None:
-            values = {"place": place, "gone": gone}
-            row = sa.update(webhook_targets).where(webhook_targets.c.name == target)
-            if connection.execute(row.values(values)).rowcount == 0:
-                connection.execute(sa.insert(webhook_targets).values(name=target, **values))
-
-        await self._write(write)
-
-    async def webhook_arrears(self, target: str) -> list[Arrears]:
-        """Give what a target is owed, the oldest first."""
-        columns = [column for column in webhook_arrears.c if column.name != "target"]
-        query = sa.select(*columns).where(webhook_arrears.c.target == target).order_by(webhook_arrears.c.revision)
-        rows = await self._read(lambda connection: connection.execute(query).all())
-        return [Arrears(**row._mapping) for row in rows]  # noqa: SLF001 - a row's own way
-
-    async def owe_webhook(self, target: str, arrears: Arrears) -> None:
-        """Note what a target is owed of one runner, in place of what was noted before."""
-
-        def write(connection: Connection, _: list[Change]) -> None:
-            connection.execute(_arrears_of(target, arrears.runner_id))
-            connection.execute(sa.insert(webhook_arrears).values(target=target, **asdict(arrears)))
-
-        await self._write(write)
-
-    async def settle_webhook(self, target: str, runner_id: str) -> None:
-        """Note that a target is owed nothing of a runner any more."""
-        await self._write(lambda connection, _: connection.execute(_arrears_of(target, runner_id)))
 
     # What replicas that share a database tell each other.
 
@@ -362,11 +239,11 @@ class Store:
     async def hint(self, text: str) -> None:
         """Tell all replicas something short, which they may miss; nothing where nobody shares this database."""
         if self.shared:
-            await self._write(lambda connection, _: postgres.notify(connection, text))
+            await self.database.hint(text)
 
     def heed(self, listener: Callable[[str], None]) -> None:
         """Call this on the event loop with what replicas hint."""
-        self._heeding.append(listener)
+        self.database.heed(listener)
 
     async def url_of(self, node: str) -> str | None:
         """Say where the replica of a node is, or was last, reached."""
@@ -500,249 +377,8 @@ class Store:
         rows = await self._read(lambda connection: connection.execute(_SWITCHES).all())
         return {row.pool_name: row.enabled for row in rows}
 
-    # The threads.
-
-    async def _read(self, query: Callable[[Connection], T]) -> T:
-        def read() -> T:
-            with self._read_engine.connect() as connection:
-                return query(connection)
-
-        def read_again() -> T:
-            try:
-                return read()
-            except DBAPIError as error:
-                if not error.connection_invalidated:
-                    raise
-            return read()  # the server was restarted since this connection was last used
-
-        try:
-            return await self._loop.run_in_executor(self._readers, read_again if self.shared else read)
-        except DBAPIError as error:
-            raise Unavailable(f"the store cannot be read: {error.orig}", code="store-unavailable") from error
-
-    async def _write(self, write: Write[T], fence: Fence | None = None, touch: Callable[[Recent], None] | None = None) -> T:
-        if fence:
-            write = functools.partial(_fenced, fence, write)
-        if self._closed:
-            raise Unavailable("the store is closed", code="store-unavailable")
-        pending = _Pending(write, self._loop.create_future(), touch)
-        self._writes.put(pending)
-        return await asyncio.shield(pending.future)
-
-    def _write_all(self) -> None:
-        while first := self._next():
-            batch, last = [first], False
-            while len(batch) < BATCH and not last:
-                with contextlib.suppress(queue.Empty):
-                    more = self._writes.get_nowait()
-                    if more is not None:
-                        batch.append(more)
-                        continue
-                    self._writes.put(None)  # closing: this batch, then the end
-                last = True
-            self._commit(batch)
-
-    def _next(self) -> "_Pending | None":
-        """Wait for a write; once there is none for a while, wipe what is left in the log of past ones."""
-        if self._wiped:
-            with contextlib.suppress(queue.Empty):
-                return self._writes.get(timeout=IDLE_SECONDS)
-            self._wiped = not self._scrub()
-        return self._writes.get()
-
-    def _scrub(self) -> bool:
-        """Empty the write-ahead log, which holds what was deleted from the tables; says whether no reader was in the way."""
-        with contextlib.suppress(DBAPIError, sqlite3.Error), contextlib.closing(self._write_engine.raw_connection()) as raw:
-            return raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0  # type: ignore[no-any-return]
-        return False
-
-    def _commit(self, batch: list["_Pending"]) -> None:
-        changes: list[Change] = []
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while True:
-            try:
-                changes = self._transact(batch, deadline)
-            except DBAPIError as error:
-                if self.shared and postgres.passes(error) and time.monotonic() < deadline and not self._ended.is_set():
-                    time.sleep(postgres.RECONNECT_SECONDS)
-                    continue  # nothing of it was committed
-                log.exception("the store refused a write")
-                for pending in batch:
-                    pending.error = Unavailable(f"the store refused the write: {error.orig}", code="store-unavailable")
-            break
-        if self.shared:
-            changes = []  # told with those of others, in their order
-            self._tell()
-        self._loop.call_soon_threadsafe(self._resolve, batch, changes)
-
-    def _transact(self, batch: list["_Pending"], deadline: float) -> list[Change]:
-        """Commit a batch; an error says that nothing of it is committed, or after the deadline that nobody knows."""
-        changes: list[Change] = []
-        if not self.shared:
-            with self._write_engine.begin() as connection:
-                for pending in batch:
-                    pending.run(connection, changes)
-            return changes
-        with self._write_engine.connect() as connection:
-            transaction = connection.begin()
-            for pending in batch:
-                pending.run(connection, changes)
-            name = secrets.token_hex(8)
-            _name_batch(connection, self._replica, name)
-            postgres.notify(connection)
-            try:
-                transaction.commit()
-            except DBAPIError:
-                connection.invalidate()
-                if not self._committed(name, deadline):
-                    raise
-        return changes
-
-    def _committed(self, name: str, deadline: float) -> bool:
-        """Find out what became of a batch whose commit was not answered. Raises DBAPIError if nobody can say in time.
-
-        Reading waits for the lock of writers, so the transaction is over by then: it held the lock.
-        """
-        query = sa.select(replicas.c.last_batch).where(replicas.c.replica == self._replica)
-        while True:
-            try:
-                with self._write_engine.connect() as connection:
-                    return connection.execute(query).scalar() == name
-            except DBAPIError as error:
-                if not postgres.passes(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(postgres.RECONNECT_SECONDS)
-
-    # News of a database that others write to as well.
-
-    def _end_follower(self) -> None:
-        with contextlib.suppress(DBAPIError), self._write_engine.begin() as connection:
-            postgres.notify(connection)  # it need not wait for its next look
-        self._follower.join()
-
-    def _follow(self) -> None:
-        postgres.follow(self._read_engine, self._hear, self._ended)
-
-    def _hear(self, text: str) -> None:
-        self._tell()
-        for listener in self._heeding if text else ():
-            self._loop.call_soon_threadsafe(listener, text)
-
-    def _tell(self) -> None:
-        """Publish what was committed, by whomever, since this was last done; a database that is away is asked later."""
-        with self._telling, contextlib.suppress(DBAPIError):
-            while True:
-                with self._read_engine.connect() as connection:
-                    changes = _news(connection, self._told)
-                if changes:
-                    self._told = changes[-1].event.revision
-                    self._loop.call_soon_threadsafe(self._publish, changes)
-                if len(changes) < BATCH:
-                    return
-
-    def _resolve(self, batch: list["_Pending"], changes: list[Change]) -> None:
-        self._recent.changed(changes)
-        for pending in batch:
-            if pending.touch and not pending.error:
-                pending.touch(self._recent)
-        try:
-            self._publish(changes)
-        finally:  # whatever a listener does, those who wait are answered
-            for pending in batch:
-                pending.resolve()
-
-
-@dataclass(slots=True, eq=False)
-class _Pending:
-    """A write that waits for its commit; ``touch`` is what it does to runners beside their changes."""
-
-    write: Write[Any]
-    future: asyncio.Future[Any]
-    touch: Callable[[Recent], None] | None = None
-    result: Any = None
-    error: Exception | None = None
-
-    def run(self, connection: Connection, changes: list[Change]) -> None:
-        made: list[Change] = []
-        self.error = None
-        try:
-            with connection.begin_nested():
-                self.result = self.write(connection, made)
-        except (IntegrityError, DataError) as error:  # this write's own fault; any other error fails the whole batch
-            self.error = error
-        except DBAPIError:
-            raise
-        except Exception as error:  # noqa: BLE001 - handed to the caller as it is
-            self.error = error
-        else:
-            changes += made
-
-    def resolve(self) -> None:
-        if self.future.done():
-            return
-        if self.error:
-            self.future.set_exception(self.error)
-            self.future.exception()  # the caller may be gone
-        else:
-            self.future.set_result(self.result)
-
-
-def _sqlite(url: sa.URL, readers: int) -> Engine:
-    """Open one database for its one writer, or for a number of readers.
-
-    Exactly one connection writes and checkpoints: SQLite before 3.51.3 can corrupt a database that two write to.
-    """
-    engine = sa.create_engine(
-        url.set(drivername="sqlite+pysqlite"),
-        poolclass=QueuePool,
-        pool_size=readers or 1,
-        max_overflow=0,
-        connect_args={"check_same_thread": False, "timeout": 5},
-    )
-    mode = (
-        "PRAGMA query_only=1; PRAGMA wal_autocheckpoint=0"
-        if readers
-        else "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA secure_delete=1"
-    )
-
-    @sa.event.listens_for(engine, "connect")
-    def connect(connection: Any, _: object) -> None:  # noqa: ANN401 - a driver's connection
-        connection.isolation_level = None  # we begin transactions, not the driver
-        connection.executescript(f"PRAGMA busy_timeout=5000; {mode};")
-
-    if not readers:
-
-        @sa.event.listens_for(engine, "begin")
-        def begin(connection: Connection) -> None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    return engine
-
-
-def _migrate(engine: Engine) -> None:
-    """Bring the tables up to date."""
-    with engine.begin() as connection:
-        version = None
-        if sa.inspect(connection).has_table("alembic_version"):
-            version = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
-        if version == HEAD:
-            return
-        if version is not None and version > HEAD:
-            raise ConfigurationError(f"the database was written by a newer version ({version}; this one knows {HEAD})")
-        from alembic import command  # noqa: PLC0415 - 0.2 s to import, needed once
-        from alembic.config import Config  # noqa: PLC0415
-
-        config = Config()
-        config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
-
 
 # What happens inside a transaction.
-
-
-def _arrears_of(target: str, runner_id: str) -> sa.Delete:
-    return sa.delete(webhook_arrears).where(webhook_arrears.c.target == target, webhook_arrears.c.runner_id == runner_id)
 
 
 def _intend(intent: Intent, connection: Connection, changes: list[Change]) -> tuple[Runner, bool]:
@@ -874,12 +510,6 @@ def _claim(
         else:
             connection.execute(sa.insert(leases).values(key=key, **facts))
     return held
-
-
-def _name_batch(connection: Connection, replica: str, name: str) -> None:
-    mine = sa.update(replicas).where(replicas.c.replica == replica).values(last_batch=name)
-    if not connection.execute(mine).rowcount:
-        connection.execute(sa.insert(replicas).values(replica=replica, last_batch=name))
 
 
 def _span(connection: Connection) -> tuple[int, int]:

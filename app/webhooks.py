@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 from app.errors import Misdirected, NotFound, NotOwner, Unavailable
 from app.events import Event
 from app.journal import Journal
+from app.ledger import Arrears, Ledger
 from app.models import CloudEvent, cloud_event
 from app.ownership import Ownership
 from app.runner import Phase, Runner, State
-from app.store import Arrears, Store
+from app.store import Store
 from app.targets import Target, Told
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class TargetState:
 
 @dataclass(slots=True, eq=False)
 class _Lane:
-    """A runner of whose events some are to be sent: those from ``first`` on, None: none now. ``owed`` is in the store."""
+    """A runner of whose events some are to be sent: those from ``first`` on, None: none now. ``owed`` is in the ledger."""
 
     runner_id: str
     first: int | None
@@ -100,6 +101,7 @@ class Webhooks:
         now: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
+        self._ledger = Ledger(store.database)
         self._journal = journal
         self._ownership = ownership
         self._targets: Sequence[Target] = ()
@@ -150,10 +152,10 @@ class Webhooks:
             if hook is None:
                 raise Misdirected("another replica tells webhooks", await self._store.owner_url(KEY))
             await hook.aclose()
-            for each in await self._store.webhook_arrears(name):
-                await self._store.owe_webhook(name, replace(each, attempts=0, retry_at=self._now(), parked=False))
-            place, _ = await self._store.webhook_place(name)
-            await self._store.place_webhook(name, place or 0)
+            for each in await self._ledger.arrears(name):
+                await self._ledger.owe(name, replace(each, attempts=0, retry_at=self._now(), parked=False))
+            place, _ = await self._ledger.place(name)
+            await self._ledger.set_place(name, place or 0)
             self._hooks[name] = await self._open(hook.target)
             return self._hooks[name].state()
 
@@ -169,8 +171,8 @@ class Webhooks:
         ]
 
     async def _stored(self, target: Target) -> TargetState:
-        place, gone = await self._store.webhook_place(target.name)
-        arrears = await self._store.webhook_arrears(target.name)
+        place, gone = await self._ledger.place(target.name)
+        arrears = await self._ledger.arrears(target.name)
         newest = self._journal.newest
         return TargetState(
             target=target,
@@ -219,6 +221,7 @@ class _Hook:
     ) -> None:
         self.target = target
         self._store = store
+        self._ledger = Ledger(store.database)
         self._journal = journal
         self._courier = courier
         self._source = source
@@ -240,12 +243,12 @@ class _Hook:
 
     async def open(self) -> None:
         """Go on where the store says; one that is new begins now."""
-        place, self._gone = await self._store.webhook_place(self.target.name)
+        place, self._gone = await self._ledger.place(self.target.name)
         if place is None:
             place = await self._journal.place(None)
-            await self._store.place_webhook(self.target.name, place)
+            await self._ledger.set_place(self.target.name, place)
         self._place = self._at = place
-        arrears = await self._store.webhook_arrears(self.target.name)
+        arrears = await self._ledger.arrears(self.target.name)
         self._waiting = {each.runner_id: each for each in arrears if each.parked or self._gone}
         if self._gone:
             return
@@ -264,7 +267,7 @@ class _Hook:
         await asyncio.gather(*tasks, return_exceptions=True)
         if not self._gone and place > self._place:
             with contextlib.suppress(Unavailable):
-                await self._store.place_webhook(self.target.name, place)
+                await self._ledger.set_place(self.target.name, place)
 
     def state(self) -> TargetState:
         """Say how far this target was told."""
@@ -334,7 +337,7 @@ class _Hook:
             self._moved.clear()
             if (place := self._through()) > self._place:
                 with contextlib.suppress(Unavailable):
-                    await self._store.place_webhook(self.target.name, place)
+                    await self._ledger.set_place(self.target.name, place)
                     self._place = place
             await asyncio.sleep(MARK_SECONDS)
 
@@ -368,7 +371,7 @@ class _Hook:
             try:
                 runner = await self._store.get(lane.runner_id)  # read later, so it knows of the end if one of these does
             except NotFound:  # forgotten, while this target was not configured
-                await self._store.settle_webhook(self.target.name, lane.runner_id)
+                await self._ledger.settle(self.target.name, lane.runner_id)
                 return
             for event in events:
                 if not lane.first <= event.revision <= self._at:  # of what comes after, the reader will tell
@@ -382,7 +385,7 @@ class _Hook:
             if not lane.news:
                 owed, lane.owed, lane.first = lane.owed, None, None
                 if owed:
-                    await self._store.settle_webhook(self.target.name, lane.runner_id)
+                    await self._ledger.settle(self.target.name, lane.runner_id)
             self._ease()
 
     async def _deliver(self, lane: _Lane, event: CloudEvent) -> bool:
@@ -400,7 +403,7 @@ class _Hook:
             if answer.error is None:
                 if owed:
                     lane.owed = replace(owed, revision=revision + 1, attempts=0, retry_at=0)
-                    await self._store.owe_webhook(self.target.name, lane.owed)
+                    await self._ledger.owe(self.target.name, lane.owed)
                 return True
             if answer.gone:
                 await self._go()
@@ -422,7 +425,7 @@ class _Hook:
             retry_at=self._now() + max(answer.retry_after, self._pause(attempts)),
             parked=attempts >= self.target.attempts,
         )
-        await self._store.owe_webhook(self.target.name, owed)
+        await self._ledger.owe(self.target.name, owed)
         if owed.parked:
             log.warning("webhook %s: %s is parked after %d tries: %s", self.target.name, runner_id, attempts, owed.error)
         return owed
@@ -434,7 +437,7 @@ class _Hook:
         self._waiting |= {lane.runner_id: lane.owed for lane in self._lanes.values() if lane.owed}
         for task in self._tasks - {asyncio.current_task()}:
             task.cancel()
-        await self._store.place_webhook(self.target.name, self._through(), gone=True)
+        await self._ledger.set_place(self.target.name, self._through(), gone=True)
 
     def _note(self, answer: "Answer") -> None:
         self._told(self.target.name, answer.outcome)

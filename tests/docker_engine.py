@@ -2,8 +2,6 @@
 
 The private engine is a ``dockerd`` with its containerd, files, control group and network namespace of its own, so that
 nothing done to it reaches the machine's: an engine without the default bridge deletes the one it finds. It needs root.
-
-``REQUIRE_ENGINES=docker`` turns what is missing into a failure; else the tests that need it are skipped.
 """
 
 import asyncio
@@ -19,10 +17,11 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import httpx
 import pytest
+from engines import missing
 
 IMAGE = "busybox:latest"
 HOST = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
@@ -39,13 +38,6 @@ if sys.argv[1] != "-":
 os.execvp(sys.argv[2], sys.argv[2:])
 """
 """Starts a program with a listening socket of ours as its third file, as systemd does."""
-
-
-def missing(reason: str) -> NoReturn:
-    """Leave a test that this machine cannot run."""
-    if "docker" in os.environ.get("REQUIRE_ENGINES", "").split(","):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 class Api:
@@ -378,13 +370,13 @@ def _make_certificates(directory: Path) -> None:
 def docker_engine() -> Iterator[Api]:
     """The machine's own engine, with the image that runners are made of. Others use it too."""
     if not HOST.startswith("unix://"):
-        missing(f"these tests need a Docker engine on a unix socket of this machine, not {HOST}")
+        missing("docker", f"these tests need a Docker engine on a unix socket of this machine, not {HOST}")
     api = Api(Path(HOST.removeprefix("unix://")))
     try:
         if not api.answers():
-            missing(f"no Docker engine answers at {HOST}")
+            missing("docker", f"no Docker engine answers at {HOST}")
         if not api.has_image(IMAGE):
-            missing(f"the Docker engine at {HOST} has no image {IMAGE}; docker pull {IMAGE} gets it")
+            missing("docker", f"the Docker engine at {HOST} has no image {IMAGE}; docker pull {IMAGE} gets it")
         yield api
     finally:
         api.close()
@@ -395,7 +387,7 @@ def private_engines(docker_engine: Api) -> Iterator["PrivateEngines"]:
     """Makes private engines, with the image that runners are made of."""
     lacking = [name for name in ("dockerd", "containerd", "runc", "unshare", "openssl") if not shutil.which(name)]
     if lacking or os.geteuid():
-        missing(f"a private Docker engine needs root and {', '.join(lacking) or 'nothing else that is not here'}")
+        missing("docker", f"a private Docker engine needs root and {', '.join(lacking) or 'nothing else that is not here'}")
     engines = PrivateEngines(docker_engine.image())
     yield engines
     engines.close()

@@ -1,7 +1,6 @@
 """A schema of a real PostgreSQL server for a test, dropped after it, and what may come between a client and the server.
 
 ``TEST_POSTGRES`` names a database where schemas may be made, by default that of this machine.
-``REQUIRE_ENGINES=postgres`` turns what is missing into a failure; else the tests that need it are skipped.
 """
 
 import asyncio
@@ -9,20 +8,14 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Literal, NoReturn
+from typing import Literal
 
 import psycopg
 import pytest
+from engines import missing
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 SERVER = os.environ.get("TEST_POSTGRES", "postgresql://postgres@127.0.0.1:5432/postgres")
-
-
-def missing(reason: str) -> NoReturn:
-    """Leave a test that this machine cannot run."""
-    if "postgres" in os.environ.get("REQUIRE_ENGINES", "").split(","):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 @contextmanager
@@ -102,6 +95,6 @@ def postgres() -> Iterator[str]:
     try:
         psycopg.connect(make_conninfo(SERVER, connect_timeout=5)).close()
     except psycopg.OperationalError as error:
-        missing(f"needs a PostgreSQL server (TEST_POSTGRES): {error}")
+        missing("postgres", f"needs a PostgreSQL server (TEST_POSTGRES): {error}")
     with fresh_schema() as url:
         yield url

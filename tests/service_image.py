@@ -15,12 +15,17 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import until
-from docker_engine import HOST, Api, missing
+from docker_engine import HOST, Api
+from engines import missing
 
 PROJECT = Path(__file__).parent.parent
 BASE = os.environ.get("BASE_IMAGE") or "python:3.11-slim-bookworm"
 USER = 10001
 """Whom the image runs as."""
+
+PROXY = "haproxy:lts-alpine"
+LOCAL_PROXY = "FROM debian:bookworm-slim\nRUN apt-get update -qq && apt-get install -y -qq --no-install-recommends haproxy\n"
+"""For an engine that can pull nothing."""
 
 
 def docker(*arguments: str) -> str:
@@ -34,9 +39,9 @@ def docker(*arguments: str) -> str:
 def image(docker_engine: Api) -> str:
     """The image's id."""
     if not shutil.which("docker"):
-        missing("building the image needs the docker program")
+        missing("docker", "building the image needs the docker program")
     if not docker_engine.has_image(BASE):
-        missing(f"the Docker engine at {HOST} has no image {BASE}; BASE_IMAGE names another with Python 3.11 or later")
+        missing("docker", f"the Docker engine at {HOST} has no image {BASE}; BASE_IMAGE names another with Python 3.11")
     build = ("build", "--quiet", "--network", "host", "--build-arg", f"BASE_IMAGE={BASE}")
     return docker(
         *build,
@@ -48,6 +53,32 @@ def image(docker_engine: Api) -> str:
         "runner-launcher:under-test",
         str(PROJECT),
     )
+
+
+@pytest.fixture(scope="session")
+def compose() -> tuple[str, ...]:
+    """How compose is called here."""
+    if shutil.which("docker-compose"):
+        return ("docker-compose",)
+    known = (
+        subprocess.run(["docker", "compose", "version"], capture_output=True, check=False)
+        if shutil.which("docker")
+        else None
+    )
+    if known is None or known.returncode:
+        missing("docker", "docker compose, or docker-compose 1.28 or later, is not installed")
+    return ("docker", "compose")
+
+
+@pytest.fixture(scope="session")
+def proxy_image(docker_engine: Api) -> str:
+    """The proxy's image, or one that is made here of Debian's package."""
+    if docker_engine.has_image(PROXY):
+        return PROXY
+    if not docker_engine.has_image("debian:bookworm-slim"):
+        missing("docker", f"the Docker engine at {HOST} has neither {PROXY} nor debian:bookworm-slim to make it of")
+    command = ["docker", "--host", HOST, "build", "--quiet", "--network", "host", "-"]
+    return subprocess.run(command, input=LOCAL_PROXY, capture_output=True, text=True, check=True, timeout=300).stdout.strip()
 
 
 @contextlib.asynccontextmanager

@@ -40,6 +40,7 @@ VALUES: dict[str, Json] = {
         "dashboard": '{"title": "Runners"}',
         "port": 9090,
         "hostNetwork": True,
+        "hostAliases": [{"ip": "10.0.0.2", "hostnames": ["database.example.org"]}],
         "podAnnotations": {"example.org/team": "agents"},
         "nodeSelector": {"kubernetes.io/os": "linux"},
         "tolerations": [{"key": "agents", "operator": "Exists"}],

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import secrets
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +11,13 @@ import httpx
 import pytest
 import yaml
 from conftest import finished, launch_body, launched, until
-from docker_engine import HOST, IMAGE, Api, missing
+from docker_engine import HOST, IMAGE
+from engines import missing
 from service_image import PROJECT, USER, docker
 
 pytestmark = pytest.mark.timeout(400)  # the first to need it builds the image
 
 COMPOSE = PROJECT / "deploy" / "compose.yaml"
-PROXY = "haproxy:lts-alpine"
-LOCAL_PROXY = "FROM debian:bookworm-slim\nRUN apt-get update -qq && apt-get install -y -qq --no-install-recommends haproxy\n"
-"""For an engine that can pull nothing."""
-
 ASK = """
 import http.client, socket, sys
 class Engine(http.client.HTTPConnection):
@@ -48,37 +44,11 @@ REFUSED = (
 )
 
 
-@pytest.fixture(scope="session")
-def compose() -> tuple[str, ...]:
-    """How compose is called here."""
-    if shutil.which("docker-compose"):
-        return ("docker-compose",)
-    known = (
-        subprocess.run(["docker", "compose", "version"], capture_output=True, check=False)
-        if shutil.which("docker")
-        else None
-    )
-    if known is None or known.returncode:
-        missing("docker compose, or docker-compose 1.28 or later, is not installed")
-    return ("docker", "compose")
-
-
-@pytest.fixture(scope="session")
-def proxy_image(docker_engine: Api) -> str:
-    """The proxy's image, or one that is made here of Debian's package."""
-    if docker_engine.has_image(PROXY):
-        return PROXY
-    if not docker_engine.has_image("debian:bookworm-slim"):
-        missing(f"the Docker engine at {HOST} has neither an image {PROXY} nor debian:bookworm-slim to make one of")
-    command = ["docker", "--host", HOST, "build", "--quiet", "--network", "host", "-"]
-    return subprocess.run(command, input=LOCAL_PROXY, capture_output=True, text=True, check=True, timeout=300).stdout.strip()
-
-
 @pytest.fixture
 def stack(compose: tuple[str, ...], image: str, proxy_image: str, tmp_path: Path) -> Iterator[tuple[str, ...]]:
     """Everything up, with pools like those that are shipped; gives the start of a compose command."""
     if os.geteuid():
-        pytest.skip("a slot is given to the image's user by root alone")
+        missing("root", "a slot is given to the image's user by root alone")
     name = f"runner-launcher-test-{secrets.token_hex(4)}"
     pools = yaml.safe_load((COMPOSE.parent / "compose" / "pools.yaml").read_text())
     pools["agent_pools"]["docker"]["config"] |= {"image": IMAGE, "command": ["sh", "agent.sh"], "network": name}

@@ -41,7 +41,7 @@ async def pool(
     """A pool there, on a real engine if this machine has one."""
     if cluster:
         world, user = cluster
-        door = Door(world.configuration)
+        door = Door(world.url)
         await door.open()
         where = {
             "kubeconfig": str(write_kubeconfig(tmp_path / "kubeconfig", world, door, user)),

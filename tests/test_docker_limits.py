@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Json, Service, finished, launch_body, launched, until
 from docker_engine import HOST, IMAGE, Api
+from engines import needs_root
 
 from app.launchers.container import INSTALLATION
 
@@ -18,10 +19,7 @@ SECONDS = 60.0
 OWNER = 1000
 IMAGES_USER = 12345
 NET_ADMIN = 1 << 12
-root = pytest.mark.skipif(
-    os.geteuid() != 0 and "root" not in os.environ.get("REQUIRE_ENGINES", "").split(","),
-    reason="only root can give a slot to another user",
-)
+root = needs_root("only root can give a slot to another user")
 BUSY = """
 read -r began _ </proc/uptime
 until=$((${began%.*} + 5))

@@ -1,7 +1,7 @@
 """Pulls, on a real engine and from real registries, through the front door.
 
 ``TEST_REGISTRY=127.0.0.1:5000`` is a registry that anybody may push to, ``TEST_REGISTRY_AUTH=user:password@127.0.0.1:5001``
-one that asks who it is. ``REQUIRE_ENGINES=registry`` turns what is missing into a failure; else these tests are skipped.
+one that asks who it is.
 """
 
 import base64
@@ -16,25 +16,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import httpx
 import pytest
 from conftest import Json, Service, finished, launch_body, launched, problem, record_of, until
 from docker_engine import HOST, IMAGE, Api
+from engines import missing
 from test_docker_faults import SECONDS, Deed, Docker, Proxy, asked_for, history, slot_of
 
 from app.launchers.container import context_archive
 
 MANIFEST = r"^(GET|HEAD) /v2/\S+/manifests/"
 BLOB = r"^GET /v2/\S+/blobs/"
-
-
-def missing(reason: str) -> NoReturn:
-    """Leave a test that this machine cannot run."""
-    if "registry" in os.environ.get("REQUIRE_ENGINES", "").split(","):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 @dataclass
@@ -97,14 +90,16 @@ def pushed(api: Api, host: str, user: str, password: str, folder: Path) -> Itera
 
 @pytest.fixture(scope="module")
 def _open_repository(docker_engine: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    host = os.environ.get("TEST_REGISTRY") or missing("TEST_REGISTRY names no registry that anybody may push to")
+    host = os.environ.get("TEST_REGISTRY") or missing("registry", "TEST_REGISTRY names no registry that anybody may push to")
     with pushed(docker_engine, host, "", "", tmp_path_factory.mktemp("docker")) as repository:
         yield host, repository
 
 
 @pytest.fixture(scope="module")
 def _closed_repository(docker_engine: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]:
-    named = os.environ.get("TEST_REGISTRY_AUTH") or missing("TEST_REGISTRY_AUTH names no registry that asks who it is")
+    named = os.environ.get("TEST_REGISTRY_AUTH") or missing(
+        "registry", "TEST_REGISTRY_AUTH names no registry that asks who comes"
+    )
     credentials, _, host = named.rpartition("@")
     user, _, password = credentials.partition(":")
     with pushed(docker_engine, host, user, password, tmp_path_factory.mktemp("docker")) as repository:

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from docker_engine import HOST, Api, missing
+from docker_engine import HOST, Api
+from engines import missing
 from kubernetes_world import cluster_session
 
 from app.launchers.container import INSTALLATION
@@ -26,17 +27,10 @@ def demo(environment: str, **variables: str) -> subprocess.CompletedProcess[str]
     return subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, check=False, timeout=100)
 
 
-def test_the_demo_of_local_processes() -> None:
-    done = demo("local")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert '"state": "completed"' in done.stdout
-    assert "Add a greeting" in done.stdout.split("Its work")[1]
-
-
 def test_the_demo_of_docker_leaves_nothing_on_the_engine(docker_engine: Api) -> None:
     image = os.environ.get("DEMO_IMAGE") or IMAGE
     if not docker_engine.has_image(image):
-        missing(f"the Docker engine at {HOST} has no image {image}; DEMO_IMAGE names another")
+        missing("docker", f"the Docker engine at {HOST} has no image {image}; DEMO_IMAGE names another")
     done = demo("docker", DEMO_IMAGE=image)
     assert done.returncode == 0, done.stdout + done.stderr
     assert '"state": "completed"' in done.stdout

@@ -8,6 +8,7 @@ import httpx
 import pytest
 from conftest import Json, finished, launch_body, launched, local_pool, until, write_pools
 from docker_engine import HOST, IMAGE
+from engines import missing
 from service_image import USER, contained, docker
 
 pytestmark = pytest.mark.timeout(400)  # the first to need it builds the image
@@ -28,7 +29,7 @@ find /venv -name pip
 def slot(tmp_path: Path) -> Path:
     """A slot that belongs to whoever the image runs as."""
     if os.geteuid():
-        pytest.skip("a slot is given to the image's user by root alone")
+        missing("root", "a slot is given to the image's user by root alone")
     slot = tmp_path / "slots" / "slot-1"
     slot.mkdir(parents=True)
     os.chown(slot, USER, USER)

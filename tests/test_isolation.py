@@ -5,11 +5,10 @@ import pwd
 import tempfile
 from pathlib import Path
 
-import pytest
 from conftest import Service, finished, launch_body, launched, local_pool, problem, read
+from engines import needs_root
 
-REQUIRED = "root" in os.environ.get("REQUIRE_ENGINES", "").split(",")
-root = pytest.mark.skipif(os.geteuid() != 0 and not REQUIRED, reason="only root can start a process as another user")
+root = needs_root("only root can start a process as another user")
 
 
 def give_to_everybody(slot: Path) -> None:

@@ -15,6 +15,7 @@ from uuid import uuid4
 import httpx
 import pytest
 from conftest import until, write_pools
+from engines import missing
 from kubernetes_asyncio.client import ApiException
 from kubernetes_world import IMAGE, Door, Gate, Json, World, cluster_session, write_kubeconfig
 from launcher_contract import COUNTS_SLOWLY, HANDLES_TERM, LINES, LOOP, RUNS_ON, Script, exits, new_id
@@ -122,7 +123,7 @@ class House:
 @pytest.fixture
 async def house(cluster: tuple[World, Json], tmp_path: Path) -> AsyncIterator[House]:
     world, user = cluster
-    door, installation = Door(world.configuration), uuid4().hex
+    door, installation = Door(world.url), uuid4().hex
     await door.open()
     kubeconfig = write_kubeconfig(tmp_path / "kubeconfig", world, door, user)
     async with aclosing(KubernetesLauncher(kubeconfig, None, world.namespace, installation)) as launcher:
@@ -777,7 +778,7 @@ class Control:
 async def control(house: House) -> AsyncIterator[Control]:  # noqa: ARG001 - what it leaves is removed when all is back
     program = os.environ.get("KUBERNETES_CONTROL")
     if not program:
-        pytest.skip("KUBERNETES_CONTROL names no program that stops and starts parts of the cluster")
+        missing("kubernetes-control", "KUBERNETES_CONTROL names no program that stops and starts parts of the cluster")
     made = Control(program)
     yield made
     await made.back()

@@ -1,7 +1,4 @@
-"""Limits of local runners, held by real control groups: version 1, or version 2, whichever this machine has.
-
-``REQUIRE_ENGINES=cgroup1`` or ``cgroup2`` makes their absence a failure.
-"""
+"""Limits of local runners, held by real control groups: version 1, or version 2, whichever this machine has."""
 
 import os
 import re
@@ -10,12 +7,13 @@ from pathlib import Path
 
 import pytest
 from conftest import until
+from engines import REQUIRED
 
 from app.launcher import EnforcedBy, Exit, Exited, Handle, LaunchSpec, Running
 from app.launchers import cgroup
 from app.launchers.local_process import LocalProcessLauncher
 
-REQUIRED = {"cgroup1", "cgroup2"} & set(os.environ.get("REQUIRE_ENGINES", "").split(","))
+VERSIONS = {"cgroup1", "cgroup2"} & REQUIRED
 SECONDS = 120.0
 BUSY = """
 import time
@@ -36,8 +34,8 @@ def version() -> EnforcedBy:
 
 @pytest.fixture(autouse=True)
 def _limits_exist() -> None:
-    if REQUIRED:
-        assert version() in REQUIRED
+    if VERSIONS:
+        assert version() in VERSIONS
     elif version() == "none":
         pytest.skip("this user may make no control groups with limits on this machine")
 

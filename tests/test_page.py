@@ -1,17 +1,17 @@
-"""The status page, in a real browser, before the real service. ``REQUIRE_ENGINES=browser`` makes a missing one a failure."""
+"""The status page, in a real browser, before the real service."""
 
-import os
 import re
 import shutil
 import sqlite3
 from collections.abc import AsyncIterator
 from importlib import resources
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import httpx
 import pytest
 from conftest import Json, Serve, Served, finished, launch_body, launched, local_pool, until
+from engines import missing
 from fake_service import fake_service
 from playwright.async_api import Browser, Page, async_playwright, expect
 from test_tokens import entry, write
@@ -28,17 +28,10 @@ MILLISECONDS = 30_000
 expect.set_options(timeout=MILLISECONDS)
 
 
-def missing(reason: str) -> NoReturn:
-    """Leave a test that this machine cannot run."""
-    if "browser" in os.environ.get("REQUIRE_ENGINES", "").split(","):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
 @pytest.fixture
 async def browser() -> AsyncIterator[Browser]:
     if CHROMIUM is None:
-        missing("there is no Chromium here: no program named chromium, chromium-browser or google-chrome")
+        missing("browser", "there is no Chromium here: no program named chromium, chromium-browser or google-chrome")
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser

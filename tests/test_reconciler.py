@@ -21,6 +21,7 @@ from typing import Any, TypeVar, TypeVarTuple
 import pytest
 from typing_extensions import override
 
+from app.database import Write
 from app.errors import LauncherError, LauncherUnavailable, LaunchRejected, PoolFull, SlotBusy
 from app.events import Change, Feed
 from app.launcher import Exit, Handle, LaunchSpec, Place, Running
@@ -32,7 +33,7 @@ from app.reason import Reason
 from app.recent import Recent
 from app.reconciler import RESYNC_SECONDS, STALE_SECONDS, SWEEP_SECONDS, Reconciler
 from app.runner import Phase, Policy, Runner, State, finished, identity, stop_asked
-from app.store import Fence, Intent, Store, Write
+from app.store import Fence, Intent, Store
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")

@@ -149,7 +149,7 @@ async def batched(store: Store) -> AsyncIterator[None]:
         time.sleep(0.03)
 
     commits: list[object] = []
-    sa.event.listen(store._write_engine, "commit", commits.append)
+    sa.event.listen(store.database._write_engine, "commit", commits.append)
     busy = asyncio.ensure_future(store._write(hold))
     await asyncio.to_thread(begun.wait)
     yield
@@ -786,7 +786,7 @@ def watch_sql(store: Store) -> list[tuple[str, tuple[Any, ...]]]:
         if statement.startswith(("SELECT", "UPDATE", "DELETE")):
             asked.append((statement, parameters))
 
-    for engine in (store._write_engine, store._read_engine):
+    for engine in (store.database._write_engine, store.database._read_engine):
         sa.event.listen(engine, "before_cursor_execute", note)
     return asked
 

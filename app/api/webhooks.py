@@ -8,8 +8,8 @@ from app.api import plain
 from app.api.answers import Who, problems
 from app.caller import Caller
 from app.errors import NotPermitted
+from app.ledger import Arrears
 from app.models import ArrearsRecord, WebhookPage, WebhookRecord
-from app.store import Arrears
 from app.webhooks import TargetState, Webhooks
 
 SHOWN = 100

@@ -95,9 +95,9 @@ async def statements(url: str) -> list[Statement]:
 
     async with open_store(url) as store:
         await store.intend(intent_of(secrets.token_hex(6), POOL))  # the first one may say more
-        sa.event.listen(store._write_engine, "before_cursor_execute", note)
+        sa.event.listen(store.database._write_engine, "before_cursor_execute", note)
         await store.intend(intent_of(MARK, POOL))
-        sa.event.remove(store._write_engine, "before_cursor_execute", note)
+        sa.event.remove(store.database._write_engine, "before_cursor_execute", note)
     return said
 
 

@@ -10,22 +10,22 @@ import contextlib
 import io
 import os
 import secrets
+import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-import pytest
 import yaml
 from aiohttp import web
+from engines import missing
 from kubernetes_asyncio import config
 from kubernetes_asyncio.client import ApiClient, ApiException, Configuration, CoreV1Api
 from kubernetes_asyncio.stream import WsApiClient
 
 Json = dict[str, Any]
 
-REQUIRED = "kubernetes" in os.environ.get("REQUIRE_ENGINES", "").split(",")
 IMAGE = os.environ.get("RUNNER_LAUNCHER_TEST_IMAGE", "busybox:latest")
 MANAGED = "app.kubernetes.io/managed-by=runner-launcher"
 RBAC = Path(__file__).parents[2] / "deploy/kubernetes/rbac.yaml"
@@ -36,6 +36,7 @@ class World:
 
     def __init__(self, configuration: Configuration, namespace: str) -> None:
         self.configuration = configuration
+        self.url = str(configuration.host)
         self.namespace = namespace
 
     async def call(self, method: str, path: str, body: Json | None = None, **query: str | int) -> Json:
@@ -88,12 +89,12 @@ class World:
 
 
 class Door:
-    """A TCP proxy before the API."""
+    """A TCP proxy before the server of a URL, at an address of this machine."""
 
-    def __init__(self, configuration: Configuration) -> None:
-        place = urlsplit(configuration.host)
+    def __init__(self, url: str, address: str = "127.0.0.1") -> None:
+        place = urlsplit(url)
         self.host, self.port = str(place.hostname), place.port or 443
-        self.own_port = 0
+        self.address, self.own_port = address, 0
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
         self._carrying: set[asyncio.Task[None]] = set()
@@ -101,7 +102,7 @@ class Door:
 
     async def open(self) -> None:
         """Let connections through."""
-        self._server = await asyncio.start_server(self._pass, "127.0.0.1", self.own_port)
+        self._server = await asyncio.start_server(self._pass, self.address, self.own_port)
         self.own_port = self._server.sockets[0].getsockname()[1]
 
     async def drop(self) -> None:
@@ -136,6 +137,41 @@ class Door:
         self._open |= {writer, back}
         await asyncio.gather(_carry(reader, back), _carry(there, writer))
         self._open -= {writer, back}
+
+
+async def address_for_pods(owner: World) -> str:
+    """Give an address of this machine that the cluster's node reaches, and so its pods."""
+    [node, *_] = (await owner.call("GET", "/api/v1/nodes"))["items"]
+    inside = next(each["address"] for each in node["status"]["addresses"] if each["type"] == "InternalIP")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((inside, 9))  # sends nothing
+        address: str = probe.getsockname()[0]
+        return address
+
+
+@asynccontextmanager
+async def door(url: str, address: str) -> AsyncIterator[Door]:
+    """A way to a server that only this machine reaches."""
+    made = Door(url, address)
+    await made.open()
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+@asynccontextmanager
+async def api_reached(owner: World) -> AsyncIterator[Json]:
+    """Values by which pods reach the API; a cluster with nothing behind its Service ``kubernetes`` needs some."""
+    if (await owner.find("/api/v1/namespaces/default/endpoints/kubernetes") or {}).get("subsets"):
+        yield {"env": {}}
+        return
+    address, name = await address_for_pods(owner), "kubernetes.default.svc"  # which its certificate is for
+    async with door(owner.url, address) as way:
+        yield {
+            "hostAliases": [{"ip": address, "hostnames": [name]}],
+            "env": {"KUBERNETES_SERVICE_HOST": name, "KUBERNETES_SERVICE_PORT": str(way.own_port)},
+        }
 
 
 class Gate:
@@ -253,15 +289,13 @@ def write_kubeconfig(path: Path, world: World, door: Door, user: Json) -> Path:
 @contextlib.contextmanager
 def cluster_session() -> Iterator[tuple[World, Json]]:
     """A namespace for a session, and who the launcher is in it. Skips, or fails, where there is no cluster."""
-    if not REQUIRED and not os.environ.get("KUBECONFIG"):
-        pytest.skip("KUBECONFIG is not set: there is no cluster to test on")
+    if not os.environ.get("KUBECONFIG"):
+        missing("kubernetes", "KUBECONFIG is not set: there is no cluster to test on")
     name = f"runner-launcher-test-{secrets.token_hex(4)}"
     try:
         world, user = asyncio.run(_up(name))
-    except Exception as error:  # whatever it is, there is no cluster
-        if REQUIRED:
-            raise
-        pytest.skip(f"no cluster that KUBECONFIG names can be used: {error!r}")
+    except Exception as error:  # noqa: BLE001 - whatever it is, there is no cluster
+        missing("kubernetes", f"no cluster that KUBECONFIG names can be used: {error!r}")
     try:
         yield world, user
         left = asyncio.run(_left(world))

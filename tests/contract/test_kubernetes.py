@@ -134,7 +134,7 @@ class TestKubernetes(LauncherContract):
     @pytest.fixture
     async def harness(self, cluster: tuple[World, Json], tmp_path: Path) -> AsyncIterator[Harness]:
         world, user = cluster
-        door = Door(world.configuration)
+        door = Door(world.url)
         await door.open()
         try:
             yield KubernetesHarness(world, door, write_kubeconfig(tmp_path / "kubeconfig", world, door, user))
