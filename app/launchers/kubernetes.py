@@ -57,6 +57,9 @@ KEEP_SECONDS = 10.0
 """How long a log that is read as its pod ends is waited for: before the deletion to begin, and after the end to be whole."""
 
 KILL_SECONDS = 5.0
+TOLD_SECONDS = 30.0
+"""How long a pod may take to say that it ended, whose container takes no signal any more. Deleted before, it never tells."""
+
 GONE_SECONDS = 100.0
 """How long a pod may take to be gone. A kubelet of 1.20 lets go of one that never ran when it next collects its garbage,
 once a minute, and tells the API so within ten seconds more."""
@@ -432,7 +435,7 @@ class KubernetesLauncher:
             if pod.started and refused.status != _FORBIDDEN and not _NO_SHELL.search(str(refused)):
                 # Engines say in many ways that a container has just ended; then its pod soon says so too.
                 with contextlib.suppress(LauncherUnavailable):
-                    await self._until_nothing_lives(pod.runner_id, KILL_SECONDS)
+                    await self._until_nothing_lives(pod.runner_id, TOLD_SECONDS)
                     return "ended"
             log.info("%s: no way into its container: %s", pod.runner_id, refused)
             return "no way"
