@@ -86,11 +86,15 @@ class House:
     async def ready(self, script: Script = RUNS_ON) -> Handle:
         handle = await self.launch(script)
         await self.running(handle)
+        await self.said(handle, b"ready")
+        return handle
+
+    async def said(self, handle: Handle, text: bytes) -> None:
         async with asyncio.timeout(SECONDS):
             async for line in self.launcher.logs(handle, follow=True):
-                if line.text == b"ready":
-                    return handle
-        raise AssertionError("it was never ready")
+                if line.text == text:
+                    return
+        raise AssertionError(f"it never said {text!r}")
 
     async def pod(self, handle: Handle) -> Json:
         (pod,) = await self.world.pods(handle.runner_id)
@@ -317,11 +321,14 @@ async def test_a_stop_at_any_moment_of_a_start_loses_neither_code_nor_log(house:
 
 async def test_a_program_that_ends_in_the_second_of_its_stop_keeps_its_own_end(house: House) -> None:
     async def stopped_at_its_end() -> None:
-        handle = await house.ready(replace(RUNS_ON, sh="echo ready; until [ -e go ]; do sleep 0.05; done; exit 7"))
-        await house.world.run((await house.pod(handle))["metadata"]["name"], "touch go; sleep 0.2")
+        script = "echo ready; until [ -e go ]; do sleep 0.05; done; echo last; exit 7"
+        handle = await house.ready(replace(RUNS_ON, sh=script))
+        await house.world.run((await house.pod(handle))["metadata"]["name"], "touch go")
+        await house.said(handle, b"last")
+        await asyncio.sleep(0.2)  # for its very last step
         await house.launcher.stop(handle, 10)
         end = await house.end(handle)
-        assert (end.code, end.stopped) in [(7, False), (143, True)], end
+        assert (end.code, end.stopped) == (7, False)
 
     await asyncio.gather(*(stopped_at_its_end() for _ in range(4)))
 

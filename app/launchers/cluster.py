@@ -40,7 +40,8 @@ _TOO_MANY = 429
 _UNAUTHORIZED = 401
 _SERVER_ERROR = 500
 _MERGE = "application/merge-patch+json"
-_TOLD = b"told"
+TOLD = "told"
+"""What a script says when it is about to do what it is run for."""
 
 
 class Refused(Exception):
@@ -98,12 +99,12 @@ class Cluster:
                 self._streams.discard(response)
 
     async def tell(self, pod: str, container: str, script: str) -> None:
-        """Run a shell script in a container; returns once it is sure to run there, without waiting for its end.
+        """Run a shell script in a container; returns once it says ``TOLD``, without waiting for its end.
 
-        Its end cannot be waited for: engines lose it when the container ends with it. Raises Refused if it cannot run.
+        Its end cannot be waited for: engines lose it when the container ends with it. Raises Refused if it does not say so.
         """
         api = await self._client()
-        words = ("sh", "-c", f"echo {_TOLD.decode()}; {script}")
+        words = ("sh", "-c", script)
         query = [("container", container), ("stdout", 1), ("stderr", 1), *(("command", word) for word in words)]
         url = f"{api.configuration.host}{self.path('pods', pod, 'exec')}?{urlencode(query)}"
         session = api.rest_client.pool_manager
@@ -274,7 +275,7 @@ async def _heard(socket: aiohttp.ClientWebSocketResponse) -> None:
         if message.type is not aiohttp.WSMsgType.BINARY:
             continue
         channel, data = message.data[:1], message.data[1:]
-        if channel == b"\1" and data.startswith(_TOLD):
+        if channel == b"\1" and data.startswith(TOLD.encode()):
             return
         if channel in {b"\2", b"\3"}:
             complaints += data

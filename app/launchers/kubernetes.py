@@ -40,7 +40,7 @@ from app.launcher import (
 )
 from app.launchers import job as jobs
 from app.launchers import pod as pods
-from app.launchers.cluster import Cluster, Json, Refused
+from app.launchers.cluster import TOLD, Cluster, Json, Refused
 from app.launchers.pod import Conclude, Held, Job, Pod, Warned
 from app.launchers.pod_log import LOST, Cursor, KeptLog, LogReader, parse
 from app.launchers.reflector import PAGE, Reflector
@@ -428,9 +428,9 @@ class KubernetesLauncher:
         return True
 
     async def _signal(self, pod: Pod, name: str) -> Literal["told", "ended", "no way"]:
-        """Send a signal to every process of a pod."""
+        """Send a signal to every process of a pod, if there is one to hear it: a container may outlast its program a bit."""
         try:
-            await self._cluster.tell(pod.name, CONTAINER, f"kill -{name} -1")
+            await self._cluster.tell(pod.name, CONTAINER, f"kill -0 -1 && echo {TOLD} && kill -{name} -1")
         except Refused as refused:
             if pod.started and refused.status != _FORBIDDEN and not _NO_SHELL.search(str(refused)):
                 # Engines say in many ways that a container has just ended; then its pod soon says so too.

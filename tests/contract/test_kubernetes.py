@@ -124,7 +124,7 @@ def _processes(runner_id: str) -> int:
 
 
 class TestKubernetes(LauncherContract):
-    patience = 90
+    patience = 120
     settle = 1.5
     deviations = {  # noqa: RUF012 - declared once, as in the contract
         "test_death_by_sigterm_is_told_apart_from_exit_143": "the kubelet tells 143 for both, and names no signal",
