@@ -16,16 +16,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from figures import Json, Report
+from figures import Json, table
 
 HERE = Path(__file__).parent
 LIBRARIES = ("fastapi", "uvicorn", "aiohttp", "aiodocker", "kubernetes_asyncio", "sqlalchemy", "psycopg", "pydantic")
 BENCHES = {  # how each is run in short
-    "start": "--times 1",
-    "reads": "--seconds 0.2 --rounds 1 --records 100 1000",
+    "start": "--times 1 --no-warm-up",
+    "reads": "--seconds 0.1 --rounds 1 --records 100",
     "local_process": "--launches 8 --rounds 1 --at-once 1 4 --ends 4 --live 8",
     "event_streams": "--streams 20 --runners 4",
-    "intents": "--intents 64 --rounds 1 --at-once 1 16",
+    "intents": "--intents 16 --rounds 1 --at-once 4",
     "docker": "--launches 2 --rounds 1 --at-once 1 --ends 1",
     "kubernetes": "--launches 2 --rounds 1 --at-once 1 --ends 1 --tracked 0",
     "scale": "--live 50 100 --launches 16 --rest 0.5 --rates 10 20 --seconds 1",
@@ -87,14 +87,13 @@ def main() -> None:
 def markdown(machine: Json, results: Json) -> str:
     """Write all that was found as one text, the promises first."""
     kept = {True: "yes", False: "**no**"}
-    promises = Report()
     rows = [
         [each["what"], each["promised"], each["here"], kept[each["kept"]]]
         for result in results.values()
         for each in result.get("promises", [])
     ]
-    promises.table(["promise", "promised", "here", "kept"], rows)
-    parts = [", ".join(f"{name} {value}" for name, value in machine.items()), *promises.tables]
+    parts = [", ".join(f"{name} {value}" for name, value in machine.items())]
+    parts.append(table(["promise", "promised", "here", "kept"], rows))
     for name, result in results.items():
         if "left_out" in result:
             parts.append(f"### {name}\n\nLeft out: {result['left_out']}.")

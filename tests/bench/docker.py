@@ -45,15 +45,13 @@ class Events:
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator["Events"]:
-        docker = client_of_engine()
-        filters = {"type": ["container"], "event": ["die", "destroy"], "label": [INSTALLATION]}
-        async with docker._query("events", params={"filters": json.dumps(filters)}, timeout=None) as response:
+        params = {"filters": json.dumps({"type": ["container"], "event": ["die", "destroy"], "label": [INSTALLATION]})}
+        async with client_of_engine() as docker, docker._query("events", params=params, timeout=None) as response:
             task = asyncio.create_task(self._listen(response))
             try:
                 yield self
             finally:
                 task.cancel()
-        await close(docker)
 
     async def _listen(self, response: aiohttp.ClientResponse) -> None:
         async for line in response.content:
@@ -85,26 +83,25 @@ class Events:
 
 async def bare(home: Path, installation: str) -> None:
     """Make the same calls as the service and no more; knows of ends by the engine's events, too."""
-    docker = client_of_engine()
-    engine = Engine.told(await docker.system.info())
-    removals: set[asyncio.Task[None]] = set()
+    async with client_of_engine() as docker:
+        engine = Engine.told(await docker.system.info())
+        removals: set[asyncio.Task[None]] = set()
 
-    async def remove_ended(response: aiohttp.ClientResponse) -> None:
-        async for line in response.content:
-            container = docker.containers.container(json.loads(line)["Actor"]["ID"])
-            removal = asyncio.create_task(container.delete(force=True, v=True))
-            removals.add(removal)
-            removal.add_done_callback(removals.discard)
+        async def remove_ended(response: aiohttp.ClientResponse) -> None:
+            async for line in response.content:
+                container = docker.containers.container(json.loads(line)["Actor"]["ID"])
+                removal = asyncio.create_task(container.delete(force=True, v=True))
+                removals.add(removal)
+                removal.add_done_callback(removals.discard)
 
-    async def launch(number: int) -> None:
-        await launch_bare(docker, engine, installation, home / "slots" / f"slot-{number}", "true")
+        async def launch(number: int) -> None:
+            await launch_bare(docker, engine, installation, home / "slots" / f"slot-{number}", "true")
 
-    filters = {"type": ["container"], "event": ["die"], "label": [f"{INSTALLATION}={installation}"]}
-    async with docker._query("events", params={"filters": json.dumps(filters)}, timeout=None) as response:
-        task = asyncio.create_task(remove_ended(response))
-        await obey(lambda launches, at_once: drive(launches, at_once, launch))
-        task.cancel()
-    await close(docker)
+        filters = {"type": ["container"], "event": ["die"], "label": [f"{INSTALLATION}={installation}"]}
+        async with docker._query("events", params={"filters": json.dumps(filters)}, timeout=None) as response:
+            task = asyncio.create_task(remove_ended(response))
+            await obey(lambda launches, at_once: drive(launches, at_once, launch))
+            task.cancel()
 
 
 async def launch_bare(docker: Docker, engine: Engine, installation: str, slot: Path, *command: str) -> tuple[str, str]:
@@ -158,10 +155,9 @@ async def launches(service: Service, beside: Bare, events: Events, options: argp
 
 async def ends(service: Service, events: Events, name: str, options: argparse.Namespace, report: Report) -> None:
     """Measure from the engine's die event to the receipt of the end, by long-poll and by a bare look."""
-    docker = client_of_engine()
-    engine = Engine.told(await docker.system.info())
     figures: Json = {}
-    async with service.client() as client:
+    async with client_of_engine() as docker, service.client() as client:
+        engine = Engine.told(await docker.system.info())
 
         async def ours(number: int) -> tuple[str, float]:
             record, received = await service.until_end(client, await service.launch(client, "later", number))
@@ -180,7 +176,6 @@ async def ends(service: Service, events: Events, name: str, options: argparse.Na
             for side, end in (("service", ours), ("bare look", bare)):
                 took = await delays(end, at_once, events, options.ends)
                 figures[f"{side}, {at_once} at once"] = {"p50_ms": part(took, 0.5), "p99_ms": part(took, 0.99)}
-    await close(docker)
     report.figures["ends"] = figures
     report.table(["die event to receipt", "p50, ms", "p99, ms"], [[side, *each.values()] for side, each in figures.items()])
     slowest = max(each["p99_ms"] for side, each in figures.items() if "service" in side)
@@ -202,15 +197,18 @@ async def delays(
     return [at - events.died[runner_id] for runner_id, at in received.items()]
 
 
-def client_of_engine() -> Docker:
+@asynccontextmanager
+async def client_of_engine() -> AsyncIterator[Docker]:
     if ENGINE.startswith("unix://"):
-        return Docker("http://docker", aiohttp.UnixConnector(ENGINE.removeprefix("unix://"), limit=0), api_version="auto")
-    return Docker(ENGINE, aiohttp.TCPConnector(limit=0), api_version="auto")
-
-
-async def close(docker: Docker) -> None:
-    await docker.close()
-    await docker.connector.close()
+        connector: aiohttp.BaseConnector = aiohttp.UnixConnector(ENGINE.removeprefix("unix://"), limit=0)
+        docker = Docker("http://docker", connector, api_version="auto")
+    else:
+        docker = Docker(ENGINE, connector := aiohttp.TCPConnector(limit=0), api_version="auto")
+    try:
+        yield docker
+    finally:
+        await docker.close()
+        await connector.close()
 
 
 async def measure(home: Path, options: argparse.Namespace, report: Report) -> None:
@@ -223,7 +221,7 @@ async def measure(home: Path, options: argparse.Namespace, report: Report) -> No
         for pool, command in commands.items()
     }
     service, beside = Service(home, pools, installation=name), Bare(__file__, str(home), names[1])
-    for number in range(max(options.launches, options.ends, 2 * max(options.at_once))):
+    for number in range(max(options.launches, options.ends, *ENDS_AT_ONCE, 2 * max(options.at_once))):
         service.slot(number).mkdir()
     try:
         async with Events([*names]).listening() as events, service.running():
@@ -239,12 +237,11 @@ async def measure(home: Path, options: argparse.Namespace, report: Report) -> No
 
 async def tidy(names: tuple[str, str]) -> None:
     """Remove what an interrupted run has left."""
-    docker = client_of_engine()
-    for name in names:
-        filters = json.dumps({"label": [f"{INSTALLATION}={name}"]})
-        for container in await docker.containers.list(all=True, filters=filters):
-            await container.delete(force=True, v=True)
-    await close(docker)
+    async with client_of_engine() as docker:
+        for name in names:
+            filters = json.dumps({"label": [f"{INSTALLATION}={name}"]})
+            for container in await docker.containers.list(all=True, filters=filters):
+                await container.delete(force=True, v=True)
 
 
 def main() -> None:

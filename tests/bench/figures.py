@@ -31,11 +31,9 @@ class Report:
     promises: list[Json] = field(default_factory=list)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Show a table; numbers are written with three digits that say something."""
-        lines = [columns, ["---"] * len(columns), *[[written(cell) for cell in row] for row in rows]]
-        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        print(f"\n{text}\n", flush=True)
-        self.tables.append(text)
+        """Show a table."""
+        self.tables.append(table(columns, rows))
+        print(f"\n{self.tables[-1]}\n", flush=True)
 
     def promise(self, what: str, here: float, *, at_most: float | None = None, at_least: float | None = None) -> None:
         """Note a figure beside what was promised of it. A promise that is not kept is told, and fails nothing."""
@@ -47,6 +45,12 @@ class Report:
     def write(self, path: Path) -> None:
         """Write it as JSON."""
         path.write_text(json.dumps(vars(self), indent=2) + "\n")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Write a table in Markdown; numbers with three digits that say something."""
+    lines = [columns, ["---"] * len(columns), *[[written(cell) for cell in row] for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def written(cell: object) -> str:

@@ -220,7 +220,7 @@ async def measure(home: Path, options: argparse.Namespace, report: Report) -> No
     }
     kinds = {pool: {"type": "kubernetes", "max_concurrency": 10_000, "config": keys} for pool, keys in pools.items()}
     service, beside = Service(home, kinds, installation=name), Bare(__file__, str(home), name, f"{name}-bare")
-    for number in range(max(options.launches, options.ends, options.tracked, 2 * max(options.at_once))):
+    for number in range(max(options.launches, options.ends, options.tracked, *ENDS_AT_ONCE, 2 * max(options.at_once))):
         service.slot(number).mkdir()
     async with cluster(name) as api:
         await api.ask("POST", "/api/v1/namespaces", {"metadata": {"name": name}})

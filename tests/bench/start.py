@@ -27,7 +27,7 @@ POOLS = {"local": {"type": "local-process", "max_concurrency": 1, "config": {"co
 async def measure(home: Path, options: argparse.Namespace, report: Report) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in ("start to ready", "start again to ready", *PROGRAMS)}
     memory = []
-    for number in range(-1, options.times):  # the first is to warm up
+    for number in range(-1 if options.warm_up else 0, options.times):
         service = Service(home / str(number), POOLS)
         took = {}
         for name in ("start to ready", "start again to ready"):
@@ -52,6 +52,7 @@ async def measure(home: Path, options: argparse.Namespace, report: Report) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=9)
+    parser.add_argument("--warm-up", action=argparse.BooleanOptionalAction, default=True, help="one time more, not counted")
     bench(parser, measure)
 
 
