@@ -54,7 +54,7 @@ def _tell_version(wanted: bool) -> None:  # noqa: FBT001 - as typer calls it
 def _common(
     *,
     version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Say the version and go.")
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     pass
@@ -65,7 +65,12 @@ def _common(
 
 @cli.command(rich_help_panel="The service")
 def serve() -> None:
-    """Start the service; its settings come from RUNNER_LAUNCHER_* variables."""
+    """Start the service; its settings come from RUNNER_LAUNCHER_* variables.
+
+    A first start wants POOLS_FILE, a file that says where runners may run, and SLOT_ROOTS, the directories where slots may
+    be. LISTEN is 127.0.0.1:8080 unless said otherwise, and STATE_DIR where records, logs and the token are kept.
+    docs/operations.md has them all.
+    """
     import logging
 
     from app.errors import ConfigurationError
@@ -74,7 +79,8 @@ def serve() -> None:
     from app.settings import load_settings
 
     write_log("text")  # until the settings say otherwise
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for chatty in ("alembic", "uvicorn"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         settings = load_settings()
         write_log(settings.log_format)
@@ -189,7 +195,7 @@ def _pool_names(incomplete: str) -> list[str]:
     return _suggest(ask, incomplete)
 
 
-Json = Annotated[bool, typer.Option("--json", help="Answer in JSON; what goes on, a line each.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON; what is followed, a line each.")]
 RunnerId = Annotated[str, typer.Argument(metavar="RUNNER", help="A runner's id.", autocompletion=_runner_ids)]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on as it happens.")]
 
@@ -263,10 +269,10 @@ def ps(
     pool: Annotated[str | None, typer.Option(help="Of this pool alone.", autocompletion=_pool_names)] = None,
     task_id: Annotated[str | None, typer.Option(help="Of this task alone.")] = None,
     slot_id: Annotated[str | None, typer.Option(help="Of this slot alone.")] = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="So many at most.")] = 100,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many.")] = 100,
     as_json: Json = False,
 ) -> None:
-    """List runners, newest first: those that live, or with --all or --state others too."""
+    """List live runners, newest first; with --all or --state others too."""
     wanted = {"pool": pool, "task_id": task_id, "slot_id": slot_id}
     states = [state] if state else [None] if everything else ["pending", "running"]
     _talk(lambda terminal: terminal.ps(wanted, states, limit), as_json=as_json)
@@ -295,7 +301,7 @@ def stop(
     runners: Annotated[list[str], typer.Argument(metavar="RUNNER...", help="Runners' ids.", autocompletion=_runner_ids)],
     *,
     grace: Annotated[float | None, typer.Option(min=0, help="Seconds from TERM to KILL; default: the pool's.")] = None,
-    force: Annotated[bool, typer.Option(help="Give up a runner whose engine is gone for good; it ends as lost.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Give up those whose engine is gone for good: lost.")] = False,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait for the end.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -40,6 +40,7 @@ class _Server(uvicorn.Server):
 
     @override
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        log.info("going down: requests under way have %d s to end, and runners go on", GRACEFUL_SECONDS)
         self._service.draining.set()
         await super().shutdown(sockets)
 
@@ -65,6 +66,10 @@ async def serve_until_told(settings: Settings, create: Callable[..., FastAPI] = 
         server = _Server(config, app.state.service)
         _handle_signals(server, app, settings)
         log.info("listening on %s; the token is in %s", url, settings.state_dir / "token")
+        if not settings.pools_file and not settings.allow_inline_pools:
+            log.warning("nothing can be launched: RUNNER_LAUNCHER_POOLS_FILE names no file with pools")
+        elif not settings.slot_roots:
+            log.warning("nothing can be launched: RUNNER_LAUNCHER_SLOT_ROOTS names no directory where slots may be")
         await server.serve(sockets=[listener])
 
 

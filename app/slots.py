@@ -12,6 +12,8 @@ from app.errors import Fault, InvalidRequest
 
 POINTER = "/slot/slot_path"
 
+_OUTSIDE = "is not under any of the slot roots (RUNNER_LAUNCHER_SLOT_ROOTS)"
+
 
 def real_place(slot_path: str, roots: Sequence[Path]) -> str:
     """Give the real path of a slot. Raises InvalidRequest unless it is a directory under one of the roots."""
@@ -27,7 +29,7 @@ def real_place(slot_path: str, roots: Sequence[Path]) -> str:
         raise _refused("no slot may be entered: RUNNER_LAUNCHER_SLOT_ROOTS is empty", "slot-outside-roots")
     if not any(real.is_relative_to(root.resolve()) for root in roots):
         leads = f", which leads to {real}," if str(real) != slot_path else ""
-        raise _refused(f"{slot_path}{leads} is not under any of the slot roots", "slot-outside-roots")
+        raise _refused(f"{slot_path}{leads} {_OUTSIDE}", "slot-outside-roots")
     return str(real)
 
 
@@ -37,7 +39,7 @@ def named_place(slot_path: str, roots: Sequence[Path]) -> str:
     if not roots:
         raise _refused("no slot may be mounted: RUNNER_LAUNCHER_SLOT_ROOTS is empty", "slot-outside-roots")
     if not any(Path(named).is_relative_to(posixpath.normpath(root)) for root in roots):
-        raise _refused(f"{slot_path} is not under any of the slot roots", "slot-outside-roots")
+        raise _refused(f"{slot_path} {_OUTSIDE}", "slot-outside-roots")
     return named
 
 

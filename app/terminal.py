@@ -122,7 +122,7 @@ class Terminal:
                     )
                     for runner in runners
                 ),
-                empty="no runners",
+                empty="no runners" if len(states) == 1 else "no live runners; --all lists those that have ended too",
             )
 
     async def show(self, runner_id: str) -> None:
@@ -303,8 +303,10 @@ class Terminal:
         if self._as_json:
             sys.stderr.write(json.dumps(error.to_dict(), ensure_ascii=False) + "\n")
             return
-        holder = f" (see: runner-launcher show {error.runner.runner_id})" if error.runner else ""
-        self._err.print(Text(f"runner-launcher: {_clean(str(error))}{holder}", style="red"), soft_wrap=True)
+        hint = f" (see: runner-launcher show {error.runner.runner_id})" if error.runner else ""
+        if error.code == "unreachable":
+            hint = "; RUNNER_LAUNCHER_URL says where it is, runner-launcher serve starts one"
+        self._err.print(Text(f"runner-launcher: {_clean(str(error))}{hint}", style="red"), soft_wrap=True)
 
     def _id(self, runner: Runner) -> None:
         """Give a script the id; a person reads it in a sentence."""
