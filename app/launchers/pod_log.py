@@ -136,13 +136,14 @@ class LogReader:
 
     def _told(self, time: bytes, text: bytes) -> LogLine:
         """Count a line. One second more than the last is read again, for lines whose times are out of order."""
-        second = _second(time)
+        moment = _moment(time)
+        second = int(moment or 0)
         newest = max(second, max(self._per_second, default=second))
         self._per_second[second] += 1
         for old in [known for known in self._per_second if known < newest - 1]:
             del self._per_second[old]
         self.cursor = Cursor(newest - 1, self._per_second[newest] + self._per_second[newest - 1], time.decode())
-        return LogLine(str(self.cursor), text, _moment(time))
+        return LogLine(str(self.cursor), text, moment)
 
 
 class KeptLog:
