@@ -88,10 +88,12 @@ class LogFile:
             return 0  # the hole at the front, if any, included: whoever reads on from here is told of it
 
     def since(self, moment: float) -> int:
-        """The beginning of a line before which all was surely written before a time. Blocks."""
+        """The offset before which all was surely written before a time; where a line begins, or at the end. Blocks."""
         with self.path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             position = size if moment > time.time() else min(size, self.times.offset(moment))
+            if position == size:
+                return size
             start = _first_byte(file.fileno(), 0, size)
             while position > start:
                 step = min(CHUNK, position - start)
