@@ -290,10 +290,14 @@ def logs(
     *,
     follow: Follow = False,
     tail: Annotated[int | None, typer.Option("--tail", "-n", min=0, help="Only the last so many lines.")] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(help="Only what was written since a time (2026-01-05T09:30:00Z), or so long ago (10m, 1h30m)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Print a runner's output, also after its end."""
-    _talk(lambda terminal: terminal.logs(runner, tail=tail, follow=follow), as_json=as_json)
+    _talk(lambda terminal: terminal.logs(runner, tail=tail, since=since, follow=follow), as_json=as_json)
 
 
 @cli.command(rich_help_panel="Runners")

@@ -142,12 +142,18 @@ class Found:
 class LogLine:
     """One line of output without its end, and the cursor after which reading resumes. ``text`` may hold any bytes.
 
+    ``time`` is when it was written by the engine's clock, in seconds since the epoch, where the engine tells it.
     ``gap``: no output, but the launcher's word that lines are missing here, or may be.
     """
 
     cursor: str
     text: bytes
+    time: float | None = None
     gap: bool = False
+
+    def is_before(self, since: float | None) -> bool:
+        """Say whether it was surely written before a time."""
+        return since is not None and self.time is not None and self.time < since
 
 
 class Launcher(Protocol):
@@ -184,11 +190,15 @@ class Launcher(Protocol):
         """
         ...
 
-    def logs(self, handle: Handle, *, after: str | None = None, follow: bool = False) -> AsyncIterator[LogLine]:
+    def logs(
+        self, handle: Handle, *, after: str | None = None, since: float | None = None, follow: bool = False
+    ) -> AsyncIterator[LogLine]:
         """Output in order, stdout and stderr together, before and after the exit, until ``remove``.
 
         ``after`` resumes behind a line's cursor without a repeat or a gap; where lines are gone (rotation, the cap) a
-        line says so. ``follow`` waits for more and ends after the last line once the runner has exited.
+        line says so. ``since`` (seconds since the epoch) leaves out lines that were surely written before, by the engine's
+        clock: maybe not all of them, and none that is newer. ``follow`` waits for more and ends after the last line once the
+        runner has exited.
         Raises RunnerGone when there is no such runner.
         """
         ...

@@ -3,18 +3,22 @@
 A cursor is a byte offset. Dropping the oldest part leaves a hole at the front of the file, so offsets, and the cursors that
 readers hold, stay true. Where the file system cannot make holes the file is emptied, and a reader whose cursor lies behind
 its end starts again at the front. Either way the reader is given a line that says what is missing.
+
+Lines in a file bear no times, so it is noted beside it how far it had come when (log_times.py).
 """
 
 import asyncio
 import contextlib
 import ctypes
 import os
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 
 from app.errors import RunnerGone
 from app.launcher import Handle, Launcher, LogLine
+from app.log_times import Spacing, Times
 
 BLOCK = 4096
 CHUNK = 256 * 1024
@@ -31,6 +35,18 @@ class LogFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.times = Times(path.with_name(f"{path.name}.times"))
+        self._noted = 0
+
+    def note(self) -> bool:
+        """Note how far it has come by now, and say whether that is another place than at the last note. Blocks."""
+        size = self.path.stat().st_size
+        if size == self._noted:
+            return False
+        with contextlib.suppress(OSError):  # a full disk: then more counts as new than is
+            self.times.note((time.time(), size))
+        self._noted = size
+        return True
 
     def trim(self, limit: int) -> bool:
         """Drop the oldest part when there are more than ``limit`` bytes; says whether any part was ever dropped. Blocks.
@@ -44,6 +60,7 @@ class LogFile:
                 return start > 0
             start = (size - limit * 3 // 4) // BLOCK * BLOCK
             if _fallocate(file.fileno(), _PUNCH_HOLE | _KEEP_SIZE, 0, start) != 0:
+                self.times.drop()
                 os.ftruncate(file.fileno(), 0)
             return True
 
@@ -69,6 +86,26 @@ class LogFile:
                 wanted -= found
                 position -= step
             return 0  # the hole at the front, if any, included: whoever reads on from here is told of it
+
+    def since(self, moment: float) -> int:
+        """The offset before which all was surely written before a time; where a line begins, or at the end. Blocks."""
+        with self.path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            position = size if moment > time.time() else min(size, self.times.offset(moment))
+            if position == size:
+                return size
+            start = _first_byte(file.fileno(), 0, size)
+            while position > start:
+                step = min(CHUNK, position - start)
+                block = os.pread(file.fileno(), step, position - step)
+                if b"\n" in block:
+                    return position - step + block.rindex(b"\n") + 1
+                position -= step
+            return 0  # as in tail()
+
+    def start(self, tail: int | None, since: float | None) -> int:
+        """Where to begin for the last ``tail`` lines (None: all) of what was written since a time. Blocks."""
+        return max(0 if tail is None else self.tail(tail), 0 if since is None else self.since(since))
 
     async def chunks(self, after: int = 0, *, follow: Callable[[], bool] | None = None) -> AsyncIterator[tuple[int, bytes]]:
         """Output behind an offset, in pieces of whatever size, each with the offset behind it.
@@ -164,54 +201,68 @@ class Spool:
         """
         kept = self.file(handle.runner_id).path
         if source := launcher.log_file(handle):
-            await asyncio.to_thread(_link, source, kept)
+            await asyncio.to_thread(_link, LogFile(source), LogFile(kept))
             return False
-        fresh, gaps = kept.with_suffix(".new"), 0
+        fresh, spacing, size, gaps = kept.with_suffix(".new"), Spacing(), 0, 0
         try:
             file = await asyncio.to_thread(fresh.open, "wb")
             try:
-                async for piece, missing in _pieces(launcher.logs(handle)):
+                async for piece, missing in _pieces(launcher.logs(handle), spacing):
                     gaps += missing
                     await asyncio.to_thread(file.write, piece)
+                    size += len(piece)
             finally:
                 await asyncio.to_thread(file.close)
         except RunnerGone:
             await asyncio.to_thread(fresh.unlink)
             return False
+        spacing.end(size)
+        await asyncio.to_thread(LogFile(kept).times.write, spacing.marks)
         await asyncio.to_thread(fresh.rename, kept)
         return gaps > 0
 
     def sizes(self) -> dict[str, tuple[float, int]]:
         """Say of each kept log when it was last written to, and how many bytes of disk it takes; by runner. Blocks."""
-        stats = {}
-        for path in self._directory.glob("runner-*.log"):
+        sizes: dict[str, tuple[float, int]] = {}
+        for path in self._directory.glob("runner-*.log*"):
             with contextlib.suppress(FileNotFoundError):
-                stats[path.stem] = path.stat()
-        return {name: (stat.st_mtime, stat.st_blocks * 512) for name, stat in stats.items()}
+                stat, name = path.stat(), path.name.partition(".")[0]
+                written_at, size = sizes.get(name, (0.0, 0))
+                sizes[name] = max(written_at, stat.st_mtime), size + stat.st_blocks * 512
+        return sizes
 
     def forget(self, runner_ids: Iterable[str]) -> None:
         """Remove the logs of these runners, where there are any. Blocks."""
         for runner_id in runner_ids:
-            self.file(runner_id).path.unlink(missing_ok=True)
+            log = self.file(runner_id)
+            log.times.drop()
+            log.path.unlink(missing_ok=True)
 
     async def output(
-        self, launcher: Launcher, handle: Handle, *, tail: int | None, follow: Callable[[], bool] | None
+        self,
+        launcher: Launcher,
+        handle: Handle,
+        *,
+        tail: int | None,
+        follow: Callable[[], bool] | None,
+        since: float | None = None,
     ) -> AsyncIterator[bytes]:
         """Give a runner's output wherever it is now, in pieces; the last ``tail`` lines of it, or all.
 
+        ``since`` (seconds since the epoch) leaves out what was surely written before; a time to come means now.
         ``follow`` says whether more may come; None: only what is there.
         """
         for path in filter(None, (launcher.log_file(handle), self.file(handle.runner_id).path)):
             if await asyncio.to_thread(path.exists):
                 with contextlib.suppress(FileNotFoundError):  # it was just moved to where it is kept
                     log = LogFile(path)
-                    start = 0 if tail is None else await asyncio.to_thread(log.tail, tail)
+                    start = await asyncio.to_thread(log.start, tail, since)
                     async for _, data in log.chunks(start, follow=follow):
                         yield data
                     return
         given = 0
         try:
-            async for line in _lines(launcher, handle, tail, follow=follow is not None):
+            async for line in _lines(launcher, handle, tail, since, follow=follow is not None):
                 given += len(line.text) + 1
                 yield line.text + b"\n"
         except RunnerGone:  # its engine was told to forget it, when its log was safe
@@ -219,44 +270,51 @@ class Spool:
             if not await asyncio.to_thread(kept.path.exists):
                 yield b"[the rest of its log is not kept]\n" if given else NOT_KEPT
                 return
-            if given and (tail is not None or given > (await asyncio.to_thread(kept.path.stat)).st_size):
+            part = tail is not None or since is not None
+            if given and (part or given > (await asyncio.to_thread(kept.path.stat)).st_size):
                 yield b"[the rest is in the log that was kept: read it again]\n"
             else:
-                start = given if tail is None else await asyncio.to_thread(kept.tail, tail)
+                start = await asyncio.to_thread(kept.start, tail, since) if part else given
                 async for _, data in kept.chunks(start):
                     yield data
 
 
-async def _lines(launcher: Launcher, handle: Handle, tail: int | None, *, follow: bool) -> AsyncIterator[LogLine]:
+async def _lines(
+    launcher: Launcher, handle: Handle, tail: int | None, since: float | None, *, follow: bool
+) -> AsyncIterator[LogLine]:
     """Give the last lines that an engine has, then those that come."""
     after = None
+    since = None if since is None else min(since, time.time())
     if tail is not None:
         last: deque[LogLine] = deque(maxlen=tail)
-        async for line in launcher.logs(handle):
+        async for line in launcher.logs(handle, since=since):
             last.append(line)
             after = line.cursor
         for line in last:
             yield line
         if not follow:
             return
-    async for line in launcher.logs(handle, after=after, follow=follow):
+    async for line in launcher.logs(handle, after=after, since=since, follow=follow):
         yield line
 
 
-async def _pieces(lines: AsyncIterator[LogLine]) -> AsyncIterator[tuple[bytes, int]]:
-    """Join lines to pieces that are worth a write, each with how many gaps it tells of."""
-    piece, gaps = bytearray(), 0
+async def _pieces(lines: AsyncIterator[LogLine], spacing: Spacing) -> AsyncIterator[tuple[bytes, int]]:
+    """Join lines to pieces that are worth a write, each with how many gaps it tells of, and note their times."""
+    piece, written, gaps = bytearray(), 0, 0
     async for line in lines:
+        spacing.line(line.time, written + len(piece))
         piece += line.text + b"\n"
         gaps += line.gap
         if len(piece) >= CHUNK:
             yield bytes(piece), gaps
+            written += len(piece)
             piece.clear()
             gaps = 0
     if piece:
         yield bytes(piece), gaps
 
 
-def _link(source: Path, kept: Path) -> None:
-    with contextlib.suppress(FileNotFoundError, FileExistsError):
-        os.link(source, kept)
+def _link(source: LogFile, kept: LogFile) -> None:
+    for old, new in ((source.times.path, kept.times.path), (source.path, kept.path)):
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            os.link(old, new)

@@ -370,9 +370,12 @@ class RunnerService:
         """Say of every engine in use whether it answers."""
         return self._reconciler.engines()
 
-    async def logs(self, runner: Runner, *, tail: int | None, follow: bool) -> AsyncIterator[bytes]:
+    async def logs(
+        self, runner: Runner, *, tail: int | None, follow: bool, since: float | None = None
+    ) -> AsyncIterator[bytes]:
         """Give a runner's output, while it runs and after its end; ``follow`` goes on until its end.
 
+        ``since`` (seconds since the epoch) leaves out what was surely written before.
         Raises Unavailable when its engine does not answer; a log that has begun ends with a line that says so.
         """
         node = runner.home
@@ -380,13 +383,13 @@ class RunnerService:
             node = await self._store.log_kept_by(runner.runner_id)
         if node and node != self._settings.node and self._ownership.shared:
             await self._send_to(node, f"the log of {runner.runner_id} is at node {node}")
-        output = self._output(runner, tail, follow=follow)
+        output = self._output(runner, tail, since, follow=follow)
         if follow:
             return output
         first = await anext(output, None)  # so that an engine that is away refuses the request, and does not break an answer
         return _behind(first, output)
 
-    async def _output(self, runner: Runner, tail: int | None, *, follow: bool) -> AsyncGenerator[bytes]:
+    async def _output(self, runner: Runner, tail: int | None, since: float | None, *, follow: bool) -> AsyncGenerator[bytes]:
         with self._feed.watching(runner.runner_id) as watch:
             runner = await self._store.get(runner.runner_id)
             while follow and not runner.accepted and runner.phase is not Phase.FINISHED and not self.draining.is_set():
@@ -403,7 +406,7 @@ class RunnerService:
             begun = follow
             try:
                 launcher = await self._reconciler.launcher(runner.engine)
-                output = self._spool.output(launcher, handle, tail=tail, follow=more if live else None)
+                output = self._spool.output(launcher, handle, tail=tail, since=since, follow=more if live else None)
                 async for data in _until(self.draining, output) if live else output:
                     begun = True
                     yield data

@@ -134,9 +134,9 @@ class Terminal:
             told = {key: value for key, value in runner.to_dict().items() if key != "links" and value is not False}
             self._record({**told, "state": _state(runner)})
 
-    async def logs(self, runner_id: str, *, tail: int | None, follow: bool) -> None:
+    async def logs(self, runner_id: str, *, tail: int | None, since: str | None, follow: bool) -> None:
         """Print output, byte by byte as the runner wrote it, or a JSON object a line."""
-        async with aclosing(self.client.logs(runner_id, tail=tail, follow=follow)) as pieces:
+        async with aclosing(self.client.logs(runner_id, tail=tail, since=since, follow=follow)) as pieces:
             if self._as_json:
                 async for line in _lines(pieces):
                     self._line({"runner_id": runner_id, "line": line.decode(errors="replace")})

@@ -3,6 +3,7 @@
 import asyncio
 import signal
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -28,6 +29,7 @@ from conftest import (
 MEBIBYTE = 1024 * 1024
 STEP = "while [ ! -e go-{0} ]; do sleep 0.01; done; echo {0}\n"
 """A line that is printed when the test says so."""
+NO_TIMES = ("", "yesterday", "10", "-10m", "10m ", "m", "1.h", "10M", "2026-01-05", "2026-13-05T09:30:00Z")
 
 
 async def log_of(client: httpx.AsyncClient, runner: Json, **query: object) -> str:
@@ -74,13 +76,67 @@ async def test_the_last_lines_can_be_asked_for(
     assert await log_of(client, runner, tail=tail) == text + end * bool(text)
 
 
-@pytest.mark.parametrize("query", [{"tail": "-1"}, {"tail": "1000001"}, {"tail": "some"}, {"follow": "maybe"}])
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"tail": "-1"},
+        {"tail": "1000001"},
+        {"tail": "some"},
+        {"follow": "maybe"},
+        *({"since": since} for since in NO_TIMES),
+    ],
+)
 async def test_a_question_that_makes_no_sense_is_refused(
     client: httpx.AsyncClient, slot: Path, query: dict[str, str]
 ) -> None:
     runner = await launched(client, launch_body(slot))
     answer = await client.get(runner["links"]["logs"], params=query)
     problem(answer, 422, "invalid", *(f"/query/{name}" for name in query))
+
+
+async def since_now(client: httpx.AsyncClient, runner: Json) -> str:
+    """Give a time once all that was written so far is known to be older."""
+
+    async def known() -> str | None:
+        now = datetime.now(UTC).isoformat()
+        return now if await log_of(client, runner, since=now) == "" else None
+
+    return str(await until(known))
+
+
+async def test_what_was_written_since_a_time_can_be_asked_for(service: Service, slot: Path, state_dir: Path) -> None:
+    """Also after the service was away, after the end, and together with the last lines."""
+    every = "one\ntwo\nthree\nfour\n"
+    async with service(leave_runners=True) as client:
+        runner = await launched(
+            client, launch_body(slot, "echo one\n" + "".join(map(STEP.format, ("two", "three", "four"))))
+        )
+        await until(lambda: complete(client, runner, 1))
+        moment = await since_now(client, runner)
+        (slot / "go-two").touch()
+        await until(lambda: complete(client, runner, 2))
+        assert await log_of(client, runner, since=moment) == "two\n"
+    (slot / "go-three").touch()
+    await until(lambda: "three" in read(state_dir / "runners" / runner["runner_id"] / "log"))
+    async with service() as client:
+        assert await log_of(client, runner, since=moment) == "two\nthree\n"
+        late = await since_now(client, runner)
+        (slot / "go-four").touch()
+        await finished(client, runner)
+        for _ in range(2):  # from the run directory, and from where it is kept
+            assert await log_of(client, runner, since=moment) == "two\nthree\nfour\n"
+            assert await log_of(client, runner, since=moment.replace("+", " ")) == "two\nthree\nfour\n"
+            assert await log_of(client, runner, since=late) == "four\n"
+            assert await log_of(client, runner, since=late, follow=True) == "four\n" + completed(runner)
+            assert await log_of(client, runner, since=moment, tail=2) == "three\nfour\n"
+            assert await log_of(client, runner, since=late, tail=2) == "four\n"
+            assert await log_of(client, runner, since="9000-01-01T00:00:00Z") == ""
+            assert await log_of(client, runner, since="0001-01-01T00:00:00+14:00") == every
+            assert (
+                await log_of(client, runner, since="1h30m") == await log_of(client, runner, since="9" * 400 + "d") == every
+            )
+            await until(lambda: not list((state_dir / "runners").iterdir()))
+        assert await since_now(client, runner)
 
 
 async def test_the_log_of_a_launch_that_failed_is_empty(service: Service, slot: Path) -> None:

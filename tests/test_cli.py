@@ -275,6 +275,10 @@ async def test_a_record_a_history_and_a_log_are_shown(server: Served, place: Pat
     assert output.read_bytes() == b"one\ntwo [bold]\n\x1b[31mthree\xff"
     lines = (await run.run("logs", runner_id, "-n", "2", "--json")).out.splitlines()
     assert [json.loads(line)["line"] for line in lines] == ["two [bold]", "\x1b[31mthree\N{REPLACEMENT CHARACTER}"]
+    since = [(await run.run("logs", runner_id, "--json", "--since", since)).out for since in ("10m", "9000-01-01T00:00:00Z")]
+    assert [len(lines.splitlines()) for lines in since] == [3, 0]
+    refused = await run.run("logs", runner_id, "--since", "yesterday")
+    assert (refused.code, "such as 10m" in refused.err) == (REFUSED, True)
 
 
 async def test_a_log_and_a_history_are_followed_to_the_runners_end(server: Served, place: Path) -> None:

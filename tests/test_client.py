@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from pathlib import Path
 from typing import Any, Self
@@ -105,6 +105,10 @@ async def test_a_log_is_followed_as_it_is_written_and_to_its_end(server: Served,
             if seen == b"two\n":
                 (place / "go").touch()
         assert seen.startswith(b"two\nthree")  # the service may add how it ended
+        for since in (timedelta(minutes=10), "10m", datetime.now(UTC) - timedelta(minutes=10)):
+            assert b"".join([piece async for piece in client.logs(runner.runner_id, since=since)]) == b"one\ntwo\nthree"
+        ahead = datetime.now() + timedelta(hours=1)  # noqa: DTZ005 - a time of this machine's, without its zone
+        assert [piece async for piece in client.logs(runner.runner_id, since=ahead)] == []
         assert (await client.get(runner.runner_id)).finished
 
 

@@ -1,8 +1,10 @@
 """Logs as files: capped in place, read by offsets that stay true, and kept when their engine forgets them."""
 
 import asyncio
+import itertools
 import os
 import subprocess
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from typing_extensions import override
 from app.errors import LauncherUnavailable, RunnerGone
 from app.launcher import Exit, Handle, LaunchSpec, LogLine
 from app.launchers.fake import FakeLauncher, FakeWorld
+from app.log_times import MOST, Times
 from app.logs import CHUNK, NOT_KEPT, LogFile, Spool
 
 HANDLE = Handle(runner_id="runner-1")
@@ -276,6 +279,106 @@ async def test_a_log_that_was_emptied_begins_again_with_a_line_that_says_so(log:
     assert await chunks(log, 16_000) == (b"[the oldest output was dropped: the log is capped]\nnew\n", 4)
 
 
+async def test_the_marks_of_a_log_that_is_emptied_go_with_it(log: LogFile) -> None:
+    append(log, numbered(1000))
+    log.note()
+    moment = time.time()
+    log.times.drop()  # as trim() does it first
+    os.truncate(log.path, 0)
+    append(log, numbered(2000))
+    assert log.since(moment) == 0
+    log.note()
+    assert log.since(time.time()) == 32_000
+
+
+# Since a time.
+
+
+def test_what_was_written_since_a_time_begins_behind_the_last_mark_before_it(log: LogFile) -> None:
+    append(log, b"one\n")
+    assert log.note()
+    assert not log.note()
+    moment = time.time()
+    append(log, b"two\n")
+    assert log.since(moment) == 4
+    assert log.since(time.time()) == 4  # there is no mark behind it yet: more comes, not less
+    assert log.note()
+    assert log.since(moment) == 4
+    assert log.since(time.time()) == 8
+    assert log.since(0) == 0
+
+
+def test_a_log_without_marks_is_all_new_and_a_time_to_come_has_nothing_yet(log: LogFile) -> None:
+    append(log, b"one\ntwo")
+    assert log.since(time.time() - 1) == 0
+    assert log.since(time.time() + 3_600) == 7
+    log.note()
+    assert log.since(time.time()) == 7
+
+
+def test_a_line_that_was_half_written_at_that_time_comes_whole(log: LogFile) -> None:
+    append(log, b"one\n" + b"x" * (2 * CHUNK))
+    log.note()
+    moment = time.time()
+    append(log, b"y\n")
+    assert log.since(moment) == 4
+
+
+def test_a_time_from_which_all_was_dropped_leads_to_the_line_that_says_so(log: LogFile) -> None:
+    append(log, numbered(100))
+    log.note()
+    moment = time.time()
+    append(log, numbered(2 * MIB // 16))
+    log.trim(MIB)
+    assert log.since(moment) == 0
+    append(log, numbered(1))
+    log.note()
+    append(log, b"new\n")
+    assert log.since(time.time()) == 1_616 + 2 * MIB
+
+
+def test_tail_and_since_together_are_what_both_let_through(log: LogFile) -> None:
+    append(log, numbered(10))
+    log.note()
+    moment = time.time()
+    append(log, numbered(10))
+    log.note()
+    assert log.start(tail=3, since=moment) == 17 * 16
+    assert log.start(tail=13, since=moment) == 10 * 16
+    assert log.start(tail=None, since=moment) == 10 * 16
+    assert log.start(tail=3, since=None) == 17 * 16
+
+
+def test_a_mark_that_a_full_disk_cut_off_is_written_over(tmp_path: Path) -> None:
+    times = Times(tmp_path / "times")
+    times.note((1.0, 10))
+    with times.path.open("ab") as file:
+        file.write(b"\x07" * 9)
+    assert list(times) == [(1.0, 10)]
+    times.note((2.0, 20))
+    assert list(times) == [(1.0, 10), (2.0, 20)]
+
+
+def test_a_clock_that_is_set_back_loses_nothing(tmp_path: Path) -> None:
+    times = Times(tmp_path / "times")
+    times.write([(100.0, 1), (200.0, 2), (50.0, 3), (60.0, 4)])
+    assert [times.offset(since) for since in (55, 100.5, 150, 200.5)] == [0, 1, 1, 4]
+
+
+def test_marks_are_bounded_and_the_newest_stay_exact(tmp_path: Path) -> None:
+    times = Times(tmp_path / "times")
+    times.write([(float(second), second) for second in range(3 * MOST)])
+    for second in range(3 * MOST, 3 * MOST + 10):
+        times.note((float(second), second))
+    marks = list(times)
+    assert len(marks) <= MOST
+    assert times.path.stat().st_size == 16 * len(marks)
+    assert marks == sorted(marks)
+    assert marks[-100:] == [(float(second), second) for second in range(3 * MOST - 90, 3 * MOST + 10)]
+    spaces = [after[0] - before[0] for before, after in itertools.pairwise(marks)]
+    assert max(spaces) < 64
+
+
 # Following.
 
 
@@ -343,9 +446,14 @@ def start(world: FakeWorld, *words: str) -> None:
 
 
 async def output(
-    spool: Spool, launcher: FakeLauncher, *, tail: int | None = None, follow: Callable[[], bool] | None = None
+    spool: Spool,
+    launcher: FakeLauncher,
+    *,
+    tail: int | None = None,
+    since: float | None = None,
+    follow: Callable[[], bool] | None = None,
 ) -> bytes:
-    return b"".join([data async for data in spool.output(launcher, HANDLE, tail=tail, follow=follow)])
+    return b"".join([data async for data in spool.output(launcher, HANDLE, tail=tail, since=since, follow=follow)])
 
 
 async def test_a_log_is_kept_whole_when_its_engine_forgets_it(world: FakeWorld, engine: FakeLauncher, spool: Spool) -> None:
@@ -366,7 +474,7 @@ async def test_keeping_again_after_the_engine_forgot_it_keeps_what_is_kept(
     await engine.remove(HANDLE)
     await spool.keep(engine, HANDLE)
     assert await output(spool, engine) == b"one\n"
-    assert [file.name for file in (tmp_path / "logs").iterdir()] == ["runner-1.log"]
+    assert {file.name for file in (tmp_path / "logs").iterdir()} == {"runner-1.log", "runner-1.log.times"}
 
 
 async def test_a_log_that_cannot_be_read_now_is_not_taken_for_an_empty_one(
@@ -385,8 +493,10 @@ async def test_a_log_that_breaks_off_while_it_is_kept_is_kept_whole_by_the_next_
 ) -> None:
     class Breaks(FakeLauncher):
         @override
-        async def logs(self, handle: Handle, *, after: str | None = None, follow: bool = False) -> AsyncIterator[LogLine]:
-            async for line in super().logs(handle, after=after, follow=follow):
+        async def logs(
+            self, handle: Handle, *, after: str | None = None, since: float | None = None, follow: bool = False
+        ) -> AsyncIterator[LogLine]:
+            async for line in super().logs(handle, after=after, since=since, follow=follow):
                 yield line
                 raise LauncherUnavailable("the connection broke")
 
@@ -466,6 +576,66 @@ async def test_a_follower_of_a_file_is_not_disturbed_when_it_is_moved_to_where_i
             await asyncio.to_thread(source.unlink)
             alive.clear()
     assert got == b"one\nlast\n"
+
+
+async def test_what_was_written_since_a_time_is_the_same_before_and_after_its_engine_forgot_it(spool: Spool) -> None:
+    now = 1_000.0
+    world = FakeWorld(clock=lambda: now)
+    engine = FakeLauncher(world)
+    words = ("print=0", "after=10", "print=10", "print=10 too", "after=0.5", "print=10.5", "after=0.2", "print=10.7")
+    start(world, *words, "after=10", "print=20.7")
+    now += 30
+    world.finish(HANDLE.runner_id)
+    expected = {
+        0: b"0\n10\n10 too\n10.5\n10.7\n20.7\n",
+        1_000: b"0\n10\n10 too\n10.5\n10.7\n20.7\n",
+        1_000.1: b"10\n10 too\n10.5\n10.7\n20.7\n",
+        1_010: b"10\n10 too\n10.5\n10.7\n20.7\n",
+        1_011: b"20.7\n",
+        1_020.6: b"20.7\n",
+        1_020.8: b"",
+        9e9: b"",
+    }
+    assert {moment: await output(spool, engine, since=moment) for moment in expected} == expected
+    await spool.keep(engine, HANDLE)
+    await engine.remove(HANDLE)
+    assert {moment: await output(spool, engine, since=moment) for moment in expected} == expected
+    assert await output(spool, engine, since=1_010.6) == b"10.5\n10.7\n20.7\n"  # a second's worth more, and no less
+    assert await output(spool, engine, since=1_005, tail=2) == b"10.7\n20.7\n"
+    assert await output(spool, engine, since=1_015, tail=2) == b"20.7\n"
+
+
+async def test_a_time_to_come_is_now_for_who_follows(world: FakeWorld, engine: FakeLauncher, spool: Spool) -> None:
+    start(world, "print=old")
+    following = asyncio.create_task(output(spool, engine, since=time.time() + 3_600, follow=lambda: True))
+    await asyncio.sleep(0.05)
+    world.happen(HANDLE.runner_id, b"new\n")
+    world.finish(HANDLE.runner_id)
+    async with asyncio.timeout(8):
+        assert await following == b"new\n"
+
+
+async def test_the_marks_of_a_log_file_are_kept_counted_and_forgotten_with_it(
+    world: FakeWorld, spool: Spool, tmp_path: Path
+) -> None:
+    launcher = Files(world, tmp_path)
+    source = LogFile(tmp_path / HANDLE.runner_id)
+    source.path.write_bytes(b"old\n")
+    source.note()
+    moment = time.time()
+    append(source, b"new\n")
+    source.note()
+    assert await output(spool, launcher, since=moment) == b"new\n"
+    await spool.keep(launcher, HANDLE)
+    await spool.keep(launcher, HANDLE)
+    source.path.unlink()
+    source.times.drop()
+    assert await output(spool, launcher, since=moment) == b"new\n"
+    kept = list((tmp_path / "logs").iterdir())
+    assert len(kept) == 2
+    assert spool.sizes()[HANDLE.runner_id][1] == sum(path.stat().st_blocks * 512 for path in kept)
+    spool.forget([HANDLE.runner_id])
+    assert list((tmp_path / "logs").iterdir()) == []
 
 
 async def test_a_runner_that_is_gone_before_anything_was_kept_has_no_log(

@@ -185,6 +185,30 @@ async def test_it_reads_all_anew_when_the_history_does_not_reach_back(serve: Ser
         await expect(page.get_by_role("link", name="new")).to_contain_text("Completed")
 
 
+async def test_what_the_service_has_forgotten_goes_from_an_open_page(serve: Serve, page: Page, tmp_path: Path) -> None:
+    slots = tmp_path / "slots"
+    async with serve(RETENTION_DAYS=f"{1e-9}") as served, served.client() as client:
+        await entered(page, served)
+        live = await launched(client, launch_body(slots / "live", "sleep 1000", id="live"))
+        for name in ("seen", "looked-at"):
+            await finished(client, await launched(client, launch_body(slots / name, id=name)))
+            await expect(page.get_by_role("link", name=name)).to_contain_text("Completed")
+        await page.get_by_role("link", name="looked-at").click()
+        await expect(page.locator("#log-state")).to_have_text("complete")
+
+        async def forgotten() -> bool:
+            await client.post("/retention")
+            return len((await client.get("/runners")).json()["items"]) == 1
+
+        await until(forgotten)
+        await expect(page.locator("#rows li")).to_have_count(3)
+        await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # rather than wait for a minute
+        await expect(page.locator("#rows li")).to_have_count(1)
+        await expect(page.get_by_role("link", name="live")).to_contain_text("Running")
+        await client.delete(live["links"]["self"], params={"grace": "0"})
+        await expect(page.get_by_role("link", name="live")).to_contain_text("Failed")
+
+
 # Who may see it.
 
 

@@ -1,6 +1,7 @@
 """Reading a pod's log: lines and their cursors, resumed behind any of them, and told where some are gone."""
 
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 
 import pytest
 
@@ -16,16 +17,15 @@ def written(seconds: Sequence[float], text: str = "line") -> list[bytes]:
     ]
 
 
-def read(lines: Sequence[bytes], after: str | None = None) -> list[LogLine]:
-    return list(_read(lines, after))
+def read(lines: Sequence[bytes], after: str | None = None, since: float | None = None) -> list[LogLine]:
+    return [line for line in _read(lines, after, since) if not line.is_before(since)]
 
 
-def _read(lines: Sequence[bytes], after: str | None) -> Iterator[LogLine]:
-    """Answer as the API does: everything since the cursor's second."""
-    cursor = parse(after)
-    if cursor:
-        lines = [line for line in lines if line[:19].decode() >= cursor.since[:19]]
-    reader = LogReader(cursor)
+def _read(lines: Sequence[bytes], after: str | None, since: float | None) -> Iterator[LogLine]:
+    """Answer as the API does: everything since the second that is asked for."""
+    reader = LogReader(parse(after), since)
+    if reader.begins:
+        lines = [line for line in lines if line[:19].decode() >= reader.begins[:19]]
     data = b"".join(line + b"\n" for line in lines)
     at = 0
     while at < len(data):
@@ -35,15 +35,15 @@ def _read(lines: Sequence[bytes], after: str | None) -> Iterator[LogLine]:
     yield from reader.finish()
 
 
-@pytest.mark.parametrize(
-    "seconds",
-    [
-        [0.0] * 7,
-        [0.1, 0.2, 0.9, 1.1, 1.1, 1.1, 2.5, 9.0, 9.0, 61.5],
-        [5.9999, 6.0001, 5.9998, 6.0002, 5.9997, 7.5, 6.9],  # two streams, each with times of its own
-        [number * 0.01 for number in range(500)],
-    ],
-)
+SECONDS = [
+    [0.0] * 7,
+    [0.1, 0.2, 0.9, 1.1, 1.1, 1.1, 2.5, 9.0, 9.0, 61.5],
+    [5.9999, 6.0001, 5.9998, 6.0002, 5.9997, 7.5, 6.9],  # two streams, each with times of its own
+    [number * 0.01 for number in range(500)],
+]
+
+
+@pytest.mark.parametrize("seconds", SECONDS)
 def test_reading_resumes_behind_any_line(seconds: Sequence[float]) -> None:
     lines = written(seconds)
     whole = read(lines)
@@ -52,6 +52,17 @@ def test_reading_resumes_behind_any_line(seconds: Sequence[float]) -> None:
         rest = read(lines, line.cursor)
         assert [one.text for one in rest] == [one.text for one in whole[number + 1 :]]
         assert [one.cursor for one in rest] == [one.cursor for one in whole[number + 1 :]]
+
+
+@pytest.mark.parametrize("seconds", SECONDS)
+@pytest.mark.parametrize("since", [0, 0.2, 1.1, 2, 5.9998, 6, 6.99, 9, 62])
+def test_reading_since_a_time_gives_all_later_lines_and_resumes_behind_any(seconds: Sequence[float], since: float) -> None:
+    lines = written(seconds)
+    moment = datetime(2026, 11, 23, 12, tzinfo=UTC).timestamp() + since
+    later = read(lines, since=moment)
+    assert [line.text for line in later] == [b"line %d" % number for number, at in enumerate(seconds) if at >= since]
+    for number, line in enumerate(later):
+        assert [one.text for one in read(lines, line.cursor, moment)] == [one.text for one in later[number + 1 :]]
 
 
 def test_lines_that_were_rotated_away_are_told_of() -> None:

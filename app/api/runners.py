@@ -2,12 +2,13 @@
 
 import hashlib
 import re
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
-from pydantic import AfterValidator, BeforeValidator, StringConstraints
+from pydantic import AfterValidator, BeforeValidator, StringConstraints, WithJsonSchema
 from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse, StreamingResponse
 
@@ -37,14 +38,20 @@ MAX_GRACE_SECONDS = 86_400
 
 router = APIRouter(tags=["runners"])
 
-_MOMENT = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d(:\d\d(\.\d+)?)?([Zz]|[+-]\d\d:?\d\d)?", re.ASCII)
+_MOMENT = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?)([Zz]|[ +-]\d\d:?\d\d)?", re.ASCII)
+_SPAN = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h|d))+$"
+_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def _written(moment: object) -> object:
-    """Refuse what is no time as RFC 3339 writes it, such as a number, which would be taken for seconds."""
-    if not _MOMENT.fullmatch(str(moment)):
-        raise PydanticCustomError("no_moment", "must be a time such as 2026-01-05T09:30:00Z")
-    return moment
+    """Read a time as RFC 3339 writes it, or one so long ago; a plain number would be taken for seconds."""
+    words = str(moment)
+    if re.fullmatch(_SPAN, words):
+        ago = sum(float(number) * _SECONDS[unit] for number, unit in re.findall(r"([0-9.]+)([a-z]+)", words))
+        return datetime.fromtimestamp(max(0.0, time.time() - ago), UTC)
+    if written := _MOMENT.fullmatch(words):
+        return written[1] + (written[2] or "").replace(" ", "+")  # as a plus arrives that was not escaped
+    raise PydanticCustomError("no_moment", "must be a time such as 2026-01-05T09:30:00Z, or a time ago such as 10m or 1h30m")
 
 
 def _placed(moment: datetime) -> datetime:
@@ -53,7 +60,12 @@ def _placed(moment: datetime) -> datetime:
 
 Prefer = Annotated[str | None, Header(description="`wait=N` seconds for the engine's word, or `respond-async`")]
 Id = Annotated[str, Path(description="a runner's id, or a beginning of it that no other has; `runner-` may be left out")]
-Moment = Annotated[datetime, BeforeValidator(_written), AfterValidator(_placed)]
+Moment = Annotated[
+    datetime,
+    BeforeValidator(_written),
+    AfterValidator(_placed),
+    WithJsonSchema({"anyOf": [{"type": "string", "format": "date-time"}, {"type": "string", "pattern": _SPAN}]}),
+]
 Label = Annotated[str, StringConstraints(pattern=r"^[^=]+=")]
 Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
 
@@ -131,7 +143,7 @@ async def page(
     task_id: str | None = None,
     slot_id: str | None = None,
     label: Annotated[list[Label], Query(max_length=32, description="`key=value`; repeated: all of them")] = [],  # noqa: B006 - FastAPI copies it
-    since: Annotated[Moment | None, Query(description="created at or after")] = None,
+    since: Annotated[Moment | None, Query(description="created at or after; or so long ago, as `1h30m`")] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
     cursor: str | None = None,
     if_none_match: Annotated[str | None, Header()] = None,
@@ -214,6 +226,10 @@ async def stop(
 @router.get(
     "/runners/{runner_id}/logs",
     summary="A runner's output",
+    description=(
+        "While it runs, and after its end. `since` goes by the engine's clock. Output of local processes bears no times: "
+        "of theirs a second or so more may come; nothing is left out that was written since."
+    ),
     response_class=StreamingResponse,
     responses={200: plain.TEXT, **problems(404, 409, 421, 422)},
 )
@@ -222,10 +238,11 @@ async def logs(
     service: Service,
     who: Who,
     tail: Annotated[int | None, Query(ge=0, le=1_000_000, description="only the last so many lines")] = None,
+    since: Annotated[Moment | None, Query(description="only what was written since; or so long ago, as `10m`")] = None,
     follow: Annotated[bool, Query(description="go on until the runner ends, and say how in a last line")] = False,
 ) -> StreamingResponse:
     runner = await service.get(runner_id, who)
-    output = await service.logs(runner, tail=tail, follow=follow)
+    output = await service.logs(runner, tail=tail, since=since.timestamp() if since else None, follow=follow)
     return streams.text(_with_ending(output, service, runner) if follow else output)
 
 

@@ -6,6 +6,7 @@ the same motions and keeps silent until the cursor is passed. Where the cursor i
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -101,7 +102,7 @@ class Lines:
         open_since = min((s.time for n, s in self._streams.items() if n != number and s.line and s.time < time), default="")
         stream.at = Cursor(time, number, stream.count, open_since)
         if ended or len(stream.line) > LONGEST_LINE:
-            line, stream.line = LogLine(str(stream.at), stream.line.removesuffix(b"\n")), b""
+            line, stream.line = LogLine(str(stream.at), stream.line.removesuffix(b"\n"), _moment(time)), b""
             yield from self._say(stream.at, line)
         elif self._pass(stream.at):
             stream.line = b""  # it was told as the last one, without an end
@@ -110,7 +111,7 @@ class Lines:
         """Give what is left when no more will come: lines without an end, and those that waited in vain for the cursor."""
         for stream in self._streams.values():
             if stream.line and stream.at:
-                yield from self._say(stream.at, LogLine(str(stream.at), stream.line))
+                yield from self._say(stream.at, LogLine(str(stream.at), stream.line, _moment(stream.time)))
                 stream.line = b""
         if self.after and self._silent:
             yield from self._gap()
@@ -144,3 +145,10 @@ class Lines:
             self.at = Cursor.read(line.cursor)
             yield line
         self._silent.clear()
+
+
+def _moment(time: str) -> float | None:
+    """Read a frame's time; one that cannot be read is no reason to lose a line."""
+    with suppress(ValueError):
+        return datetime.fromisoformat(time).timestamp()
+    return None

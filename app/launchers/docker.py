@@ -40,7 +40,7 @@ from app.launchers.container import (
     log_may_be_cut,
     runner_id_of,
 )
-from app.launchers.container_log import MAYBE_GAP, Cursor, Frames, Lines
+from app.launchers.container_log import MAYBE_GAP, SLACK_SECONDS, Cursor, Frames, Lines
 from app.reason import Reason
 
 CALL_SECONDS = 60.0
@@ -451,23 +451,35 @@ class DockerLauncher:
 
     # Logs.
 
-    async def logs(self, handle: Handle, *, after: str | None = None, follow: bool = False) -> AsyncIterator[LogLine]:
+    async def logs(
+        self, handle: Handle, *, after: str | None = None, since: float | None = None, follow: bool = False
+    ) -> AsyncIterator[LogLine]:
+        async with aclosing(self._logged(handle, after, since, follow=follow)) as lines:
+            async for line in lines:
+                if not line.is_before(since):
+                    yield line
+
+    async def _logged(
+        self, handle: Handle, after: str | None, since: float | None, *, follow: bool
+    ) -> AsyncGenerator[LogLine]:
+        """Give lines since a time, and some before."""
         found = await self._find_handle(handle)
         if found is None:
             raise RunnerGone(f"{self._host} has no container for {handle.runner_id}")
         container_id, ended = found["Id"], _status(found) in _ENDED
-        if after is None and ended and (small := await self._small_log(found)) is not None:
-            for line in small:
-                yield line
-            return
-        if after is None and await self._may_be_cut(found):
-            yield LogLine("", MAYBE_GAP, gap=True)
+        if after is None and not await self._reaches_back(container_id, since):
+            if ended and (small := await self._small_log(found)) is not None:
+                for line in small:
+                    yield line
+                return
+            if await self._may_be_cut(found):
+                yield LogLine("", MAYBE_GAP, gap=True)
         cursor, local = Cursor.read(after) if after else None, _in_local_log(found)
         failures = 0
         while True:
             lines = Lines(cursor, local=local)
             try:
-                async with aclosing(self._read(container_id, lines, follow=follow and not ended)) as reading:
+                async with aclosing(self._read(container_id, lines, since, follow=follow and not ended)) as reading:
                     async for line in reading:
                         failures = 0
                         yield line
@@ -494,15 +506,31 @@ class DockerLauncher:
                 failures += 1
                 await self._pause(min(BACKOFF_SECONDS[1], BACKOFF_SECONDS[0] * 2**failures))
 
+    async def _reaches_back(self, container_id: str, since: float | None) -> bool:
+        """Say whether the log begins before a time: then nothing of what was written since was dropped."""
+        if since is None:
+            return False
+        async with aclosing(self._read(container_id, Lines())) as lines:
+            first = await anext(lines, None)
+        return first is not None and first.is_before(since)
+
     async def _read(
-        self, container_id: str, lines: Lines, *, follow: bool = False, tail: int | None = None
+        self,
+        container_id: str,
+        lines: Lines,
+        since: float | None = None,
+        *,
+        follow: bool = False,
+        tail: int | None = None,
     ) -> AsyncGenerator[LogLine]:
-        """Read a log from a cursor on, once; of its end only the last ``tail`` lines."""
+        """Read a log from a cursor on, or else from a time on, once; of its end only the last ``tail`` lines."""
         params = {"stdout": "1", "stderr": "1", "timestamps": "1", "follow": str(int(follow))}
         if tail is not None:
             params["tail"] = str(tail)
         if lines.after:
             params["since"] = lines.after.since
+        elif since is not None:
+            params["since"] = str(max(0, int(since) - SLACK_SECONDS))
         frames = Frames()
         try:
             async with self._stream(

@@ -47,22 +47,22 @@ class _FakeRunner:
     on_term: list[_Step]
     stopped: bool = False
 
-    def at(self, now: float) -> tuple[Observation, bytes]:
-        """What it is by now, and all it has written."""
+    def at(self, now: float) -> tuple[Observation, Sequence[tuple[float, bytes]]]:
+        """What it is by now, and all it has written, each piece with its time."""
         seen: Observation = Running()
-        output = []
+        output: list[tuple[float, bytes]] = []
         for at, effect in sorted(self.steps, key=lambda step: step[0]):
             match effect:
                 case _ if at > now:
                     break
                 case bytes():
-                    output.append(effect)
+                    output.append((at, effect))
                 case Exit():
                     seen = Exited(replace(effect, stopped=self.stopped, finished_at=at))
                     break
                 case _:
                     seen = effect
-        return seen, b"".join(output)
+        return seen, output
 
 
 class FakeWorld:
@@ -157,10 +157,10 @@ class FakeWorld:
             self.wake()
         return self.runners[runner_id].handle
 
-    def look(self, runner_id: str) -> tuple[Observation, bytes]:
-        """What became of a runner, and its output."""
+    def look(self, runner_id: str) -> tuple[Observation, Sequence[tuple[float, bytes]]]:
+        """What became of a runner, and its output in pieces, each with its time."""
         runner = self.runners.get(runner_id)
-        return runner.at(self.clock()) if runner else (Gone(), b"")
+        return runner.at(self.clock()) if runner else (Gone(), ())
 
     def order_stop(self, runner_id: str, *, kill: bool) -> None:
         """Deliver TERM (the first time) or KILL, unless the runner has ended."""
@@ -252,6 +252,18 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
+def _lines(output: Sequence[tuple[float, bytes]], *, ended: bool) -> Sequence[LogLine]:
+    """Give lines, each with the time at which it was whole; a last one without an end only once the runner has ended."""
+    lines: list[tuple[float, bytes]] = []
+    at, rest = 0.0, b""
+    for at, piece in output:
+        *whole, rest = (rest + piece).split(b"\n")
+        lines += [(at, text) for text in whole]
+    if rest and ended:
+        lines.append((at, rest))
+    return [LogLine(str(number), text, at) for number, (at, text) in enumerate(lines, 1)]
+
+
 class FakeLauncher:
     """Starts runners in a FakeWorld. Several launchers may share one, each for its own installation or for the same."""
 
@@ -302,7 +314,9 @@ class FakeLauncher:
         await self._world.asked("stop", handle.runner_id)
         self._world.order_stop(handle.runner_id, kill=grace <= 0)
 
-    async def logs(self, handle: Handle, *, after: str | None = None, follow: bool = False) -> AsyncIterator[LogLine]:
+    async def logs(
+        self, handle: Handle, *, after: str | None = None, since: float | None = None, follow: bool = False
+    ) -> AsyncIterator[LogLine]:
         """Yield whole lines; the last one also without its end once the runner has ended. Cursors count lines."""
         await self._world.asked("logs", handle.runner_id)
         told = int(after or 0)
@@ -311,11 +325,11 @@ class FakeLauncher:
             seen, output = self._world.look(handle.runner_id)
             if isinstance(seen, Gone):
                 raise RunnerGone(f"the fake world has no {handle.runner_id}")
-            *lines, rest = output.split(b"\n")
-            if rest and isinstance(seen, Exited):
-                lines.append(rest)
-            for told, text in enumerate(lines[told:], told + 1):  # noqa: B020 - each line told moves it on
-                yield LogLine(str(told), text)
+            lines = _lines(output, ended=isinstance(seen, Exited))
+            for line in lines[told:]:
+                told += 1
+                if not line.is_before(since):
+                    yield line
             if isinstance(seen, Exited) or not follow:
                 return
             await self._world.change(pulse)

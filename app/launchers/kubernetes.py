@@ -42,7 +42,7 @@ from app.launchers import job as jobs
 from app.launchers import pod as pods
 from app.launchers.cluster import TOLD, Cluster, Json, Refused
 from app.launchers.pod import Conclude, Held, Job, Pod, Warned
-from app.launchers.pod_log import LOST, Cursor, KeptLog, LogReader, parse
+from app.launchers.pod_log import LOST, KeptLog, LogReader, parse
 from app.launchers.reflector import PAGE, Reflector
 from app.reason import Reason
 
@@ -144,7 +144,9 @@ class KubernetesLauncher:
         if job and not job.end and job.parallelism and not any(reached) and not any(pod.over for pod in known):
             await self._withdraw(job)
 
-    async def logs(self, handle: Handle, *, after: str | None = None, follow: bool = False) -> AsyncIterator[LogLine]:
+    async def logs(
+        self, handle: Handle, *, after: str | None = None, since: float | None = None, follow: bool = False
+    ) -> AsyncIterator[LogLine]:
         while not self._closed:
             try:
                 pod, ended = await self._log_source(handle.runner_id)
@@ -152,14 +154,17 @@ class KubernetesLauncher:
                 if ended and kept:
                     await _briefly(kept.whole)
                     for line in kept.after(after):
-                        yield line
+                        if not line.is_before(since):
+                            yield line
                         after = line.cursor
                 elif pod:
-                    reader = LogReader(parse(after))
+                    reader = LogReader(parse(after), since)
                     async for line in self._read_log(pod, reader, follow=follow and not ended):
-                        if line.cursor != LOST or (ended and after != LOST):
+                        if line.cursor == LOST and (not ended or after == LOST):
+                            continue
+                        if not line.is_before(since):
                             yield line
-                    after = str(reader.cursor) if reader.cursor else after
+                            after = line.cursor  # it may be the first, before which not all was read
                 elif ended and after != LOST:
                     yield LogLine(LOST, b"[the log is lost: its pod was deleted]")
             except LauncherUnavailable:
@@ -491,8 +496,8 @@ class KubernetesLauncher:
         self, pod: Pod, reader: LogReader, *, follow: bool, begun: asyncio.Event | None = None
     ) -> AsyncIterator[LogLine]:
         query: dict[str, str | int] = {"container": CONTAINER, "timestamps": "true"}
-        if isinstance(reader.cursor, Cursor):
-            query["sinceTime"] = reader.cursor.since
+        if reader.begins:
+            query["sinceTime"] = reader.begins
         if follow:
             query["follow"] = "true"
         try:

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import logging
 import os
 import resource
 import shutil
@@ -33,6 +34,8 @@ from app.launchers.run_directory import Look, RunDirectory, command_of
 from app.logs import LogFile
 from app.reason import Reason
 
+logger = logging.getLogger(__name__)
+
 SHIM = Path(__file__).with_name("shim.sh")
 SHIM_SLACK_SECONDS = 2.0
 """How much later than the service the shim enforces the run deadline: it is there for when the service is not."""
@@ -49,6 +52,7 @@ class _Run:
 
     handle: Handle
     fifo: int
+    log: LogFile
     log_max: int
     ended: bool = False
     end: Exited | Gone | None = None
@@ -105,13 +109,16 @@ class LocalProcessLauncher:
         if run and not run.ended:
             await _in_thread(functools.partial(self._place(handle.runner_id).order_end, kill=grace <= 0))
 
-    async def logs(self, handle: Handle, *, after: str | None = None, follow: bool = False) -> AsyncIterator[LogLine]:
+    async def logs(
+        self, handle: Handle, *, after: str | None = None, since: float | None = None, follow: bool = False
+    ) -> AsyncIterator[LogLine]:
         run = await self._find(handle.runner_id)
         if run is None:
             raise RunnerGone(f"no runner {handle.runner_id} on this machine")
         log = LogFile(self._place(handle.runner_id).log)
         try:
-            async for offset, text in log.lines(int(after or 0), follow=(lambda: not run.ended) if follow else None):
+            start = max(int(after or 0), await asyncio.to_thread(log.start, None, since))
+            async for offset, text in log.lines(start, follow=(lambda: not run.ended) if follow else None):
                 yield LogLine(str(offset), text)
         except FileNotFoundError as error:
             raise RunnerGone(f"no runner {handle.runner_id} on this machine") from error
@@ -189,7 +196,9 @@ class LocalProcessLauncher:
                 break
             _close_fifo(look)  # its shim is just about to start it
             await asyncio.sleep(0.005)
-        run = self._runs[runner_id] = _Run(look.handle, look.fifo, look.log_max, ended=look.fifo < 0)
+        run = self._runs[runner_id] = _Run(
+            look.handle, look.fifo, LogFile(self._place(runner_id).log), look.log_max, ended=look.fifo < 0
+        )
         if not run.ended:
             asyncio.get_running_loop().add_reader(run.fifo, self._ended, run)
         if self._trimmer is None:
@@ -210,11 +219,10 @@ class LocalProcessLauncher:
             return run.end
 
     async def _trim(self) -> None:
-        """Keep the log of every live runner under its cap."""
+        """Keep the log of every live runner under its cap, and note how far it has come."""
         while True:
             await asyncio.sleep(TRIM_SECONDS)
-            live = [run for run in self._runs.values() if not run.ended]
-            logs = [(LogFile(self._place(run.handle.runner_id).log), run.log_max) for run in live]
+            logs = [(run.log, run.log_max) for run in self._runs.values() if not run.ended]
             await asyncio.to_thread(_trim_all, logs)
 
     def _list(self) -> Sequence[Found]:
@@ -309,8 +317,13 @@ def _unwatch(run: _Run) -> None:
 
 def _trim_all(logs: Sequence[tuple[LogFile, int]]) -> None:
     for log, limit in logs:
-        with contextlib.suppress(FileNotFoundError):
-            log.trim(limit)
+        try:
+            if log.note():
+                log.trim(limit)
+        except FileNotFoundError:
+            pass  # it was just removed
+        except OSError as error:
+            logger.warning("%s cannot be kept under its cap: %s", log.path, error)
 
 
 async def _readable(fd: int) -> None:

@@ -47,7 +47,7 @@ class Cursor:
     @property
     def since(self) -> str:
         """The second as the API wants it."""
-        return datetime.fromtimestamp(self.second, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return _written(self.second)
 
 
 def parse(cursor: str | None) -> Cursor | None:
@@ -61,11 +61,13 @@ def parse(cursor: str | None) -> Cursor | None:
 class LogReader:
     """Makes lines with cursors of the bytes that one request answers, which was made ``after`` a cursor.
 
-    Whoever makes the request notes when its answer has ``ended`` by itself.
+    Without one the request may ask for lines ``since`` a time; it then ``begins`` a second earlier, because lines of that
+    second are counted in the cursors of the next. Whoever makes the request notes when its answer has ``ended`` by itself.
     """
 
-    def __init__(self, after: Cursor | None) -> None:
+    def __init__(self, after: Cursor | None, since: float | None = None) -> None:
         self.cursor = after
+        self.begins = after.since if after else None if since is None else _written(max(0, int(since) - 1))
         self.ended = False
         self._after = after
         self._skip = after.count if after else 0
@@ -134,13 +136,14 @@ class LogReader:
 
     def _told(self, time: bytes, text: bytes) -> LogLine:
         """Count a line. One second more than the last is read again, for lines whose times are out of order."""
-        second = _second(time)
+        moment = _moment(time)
+        second = int(moment or 0)
         newest = max(second, max(self._per_second, default=second))
         self._per_second[second] += 1
         for old in [known for known in self._per_second if known < newest - 1]:
             del self._per_second[old]
         self.cursor = Cursor(newest - 1, self._per_second[newest] + self._per_second[newest - 1], time.decode())
-        return LogLine(str(self.cursor), text)
+        return LogLine(str(self.cursor), text, moment)
 
 
 class KeptLog:
@@ -207,7 +210,12 @@ def _split(line: bytes) -> tuple[bytes, bytes]:
 
 
 def _second(time: bytes) -> int:
-    found = _TIME.match(time + b" ")
-    if not found:
-        return 0
-    return int(datetime.fromisoformat((found[1] + found[3].replace(b"Z", b"+00:00")).decode()).timestamp())
+    return int(_moment(time) or 0)
+
+
+def _moment(time: bytes) -> float | None:
+    return datetime.fromisoformat(time.decode()).timestamp() if time else None
+
+
+def _written(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

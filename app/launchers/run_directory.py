@@ -215,7 +215,11 @@ class RunDirectory:
             return None
         if not (self.path / "about.json").exists():
             return Gone()
-        truncated = LogFile(self.log).trim(log_max) if self.log.exists() else False
+        truncated = False
+        if self.log.exists():
+            log = LogFile(self.log)
+            log.note()
+            truncated = log.trim(log_max)
         oom_killed = self._group().oom_kills() > 0
         try:
             kind, number = (self.path / "exit").read_text().split()

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import quote
@@ -133,7 +133,7 @@ class RunnerLauncherClient:
         task_id: str | None = None,
         slot_id: str | None = None,
         labels: Mapping[str, str] | None = None,
-        since: datetime | str | None = None,
+        since: datetime | timedelta | str | None = None,
         limit: int = 100,
         cursor: str | None = None,
     ) -> RunnerPage:
@@ -145,7 +145,7 @@ class RunnerLauncherClient:
             "task_id": task_id,
             "slot_id": slot_id,
             "label": tuple(f"{name}={value}" for name, value in (labels or {}).items()),
-            "since": since.isoformat() if isinstance(since, datetime) else since,
+            "since": None if since is None else _moment(since),
             "limit": limit,
             "cursor": cursor,
         }
@@ -162,14 +162,25 @@ class RunnerLauncherClient:
             if cursor is None:
                 return
 
-    async def logs(self, runner_id: str, *, tail: int | None = None, follow: bool = False) -> AsyncGenerator[bytes]:
+    async def logs(
+        self,
+        runner_id: str,
+        *,
+        tail: int | None = None,
+        since: datetime | timedelta | str | None = None,
+        follow: bool = False,
+    ) -> AsyncGenerator[bytes]:
         """Give a runner's output as it comes, in pieces of any size; ``follow`` goes on until its end.
 
+        ``since`` is a time, or how long ago (a timedelta, ``"10m"``): what was written before is left out, save
+        for a second or so of a local process, whose output bears no times.
         Raises UnavailableError when the stream is cut, or ends before the runner that is followed does.
         """
         params: dict[str, str | int | float] = {"follow": "true"} if follow else {}
         if tail is not None:
             params["tail"] = tail
+        if since is not None:
+            params["since"] = _moment(since)
         call = Call("GET", f"/runners/{quote(runner_id, safe='')}/logs", params=params)
         response = await self._open(call, Trouble(self._patience, self._address), silence=None)
         try:
@@ -293,3 +304,14 @@ class RunnerLauncherClient:
             else:
                 delay = trouble.with_answer(response)
             await asyncio.sleep(delay)
+
+
+def _moment(since: datetime | timedelta | str) -> str:
+    """Write a time, or how long ago it was. Python takes a time without a zone for one of this machine's."""
+    match since:
+        case datetime():
+            return since.astimezone(UTC).isoformat()
+        case timedelta():
+            return f"{max(0.0, since.total_seconds()):.3f}s"
+        case _:
+            return since

@@ -267,6 +267,13 @@ class LauncherContract:
         async with asyncio.timeout(self.patience):
             return [line.text async for line in lines]
 
+    async def since(
+        self, handle: Handle, moment: float, launcher: Launcher | None = None, *, follow: bool = False
+    ) -> list[bytes]:
+        lines = (launcher or self.launcher).logs(handle, since=moment, follow=follow)
+        async with asyncio.timeout(self.patience):
+            return [line.text async for line in lines]
+
     async def said(self, handle: Handle, text: bytes) -> None:
         """Wait until the runner has printed this line; then it also runs."""
 
@@ -744,6 +751,26 @@ class LauncherContract:
         rest = await self.follow(handle, after=first[-1].cursor)
         assert [line.text for line in first] + rest == LINES[:40]
 
+    async def test_lines_since_a_time_are_the_newer_ones_while_it_runs_and_after_its_end(self) -> None:
+        handle = await self.ready(HANDLES_TERM)
+
+        async def noted() -> str | None:
+            lines = await self.since(handle, time.time())
+            return f"{lines} still count as new" if lines else None
+
+        await self.until("what is old is known to be old", noted)
+        moment = time.time()
+        following = asyncio.create_task(self.since(handle, moment, follow=True))
+        await self.launcher.stop(handle, 10)
+        await self.end(handle)
+        assert await following == [b"bye"]
+        async with aclosing(await self.world.reopen()) as other:
+            for launcher in (self.launcher, other):
+                for follow in (False, True):
+                    assert await self.since(handle, moment, launcher, follow=follow) == [b"bye"]
+                    assert await self.since(handle, 0, launcher, follow=follow) == [b"ready", b"bye"]
+                    assert await self.since(handle, time.time() + 1, launcher, follow=follow) == []
+
     async def test_much_output_that_nobody_reads_does_not_block_the_runner(self) -> None:
         handle = await self.start(PRINTS_MUCH)
         assert (await self.end(handle)).code == 0
@@ -768,11 +795,13 @@ class LauncherContract:
 
     async def test_lines_missing_from_a_capped_log_are_told_of(self) -> None:
         runner_id = new_id()
+        before = time.time() - 1
         handle = await self.launcher.launch(runner_id, replace(self.spec(PRINTS_OVER_THE_CAP, runner_id), log_max_mib=1))
         end = await self.end(handle)
         assert end.code == 0
         told = [line async for line in self.launcher.logs(handle)]
         lines = [line.text for line in told]
+        assert await self.since(handle, before) == lines
         everything = [b"%d" % number for number in range(1, MANY + 1)]
         if end.log_truncated or told[0].gap:
             assert lines[0] not in everything

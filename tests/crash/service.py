@@ -67,8 +67,10 @@ class CrashingLauncher:
         await self._launcher.stop(handle, grace)
         crash_at("stop-returned")
 
-    def logs(self, handle: Handle, *, after: str | None = None, follow: bool = False) -> AsyncIterator[LogLine]:
-        return self._launcher.logs(handle, after=after, follow=follow)
+    def logs(
+        self, handle: Handle, *, after: str | None = None, since: float | None = None, follow: bool = False
+    ) -> AsyncIterator[LogLine]:
+        return self._launcher.logs(handle, after=after, since=since, follow=follow)
 
     async def remove(self, handle: Handle) -> None:
         crash_at("remove-called")

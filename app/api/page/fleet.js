@@ -51,6 +51,15 @@ export class Fleet {
     });
   }
 
+  /** Take note that the service knows this runner no more. */
+  drop(id) {
+    const known = this.runners.get(id);
+    if (!known) return;
+    this.live -= isLive(known);
+    this.runners.delete(id);
+    this.sorted = null;
+  }
+
   clear() {
     this.runners.clear();
     this.sorted = null;

@@ -7,6 +7,7 @@ const ROWS = 100; // runners on a page of the list
 const RENDER_MS = 120; // at most so often, however much happens
 const POOLS_MS = 1_000; // pools are read anew so soon after an event
 const ENGINES_MS = 15_000; // and with the engines so often without one
+const CHECK_MS = 60_000; // and a page of the list so often, for what the service has forgotten
 const HIDDEN_MS = 30_000; // a tab that nobody sees lets go of its streams: browsers allow few to one service
 const LOG_LINES = 2_000;
 const LOG_CHARACTERS = 600_000;
@@ -17,6 +18,7 @@ const page = {
   at: { id: null, state: "", pool: "", words: [], query: "" },
   first: 0, // the first row shown
   older: null, // the cursor behind the oldest runner of the plain list
+  checked: null, // where the list was checked last: {cursor, until}; null: at its end
   loaded: false,
   pools: [],
   engines: [],
@@ -253,7 +255,40 @@ function happened(event) {
 
 function forget() {
   fleet.clear();
-  Object.assign(page, { revision: null, loaded: false, older: null, first: 0 });
+  Object.assign(page, { revision: null, loaded: false, older: null, checked: null, first: 0 });
+}
+
+let checking = false;
+/** Find those of whom the service has nothing any more: no event says so. A page of the list at a time, then the next. */
+async function check() {
+  if (checking || !page.loaded || document.hidden) return;
+  checking = true;
+  try {
+    const { signal } = page.connection;
+    const { cursor, until } = page.checked ?? { until: "~" };
+    const ended = fleet.all().filter((runner) => !isLive(runner));
+    const { items, next_cursor } = await read(`runners?${new URLSearchParams({ limit: 500, ...(cursor && { cursor }) })}`, { signal });
+    const there = new Set(items.map((record) => record.runner_id));
+    const from = next_cursor ? items.at(-1).created_at : "";
+    const missing = ended.filter(({ runner_id, created_at }) => !there.has(runner_id) && from <= created_at && created_at <= until);
+    for (const { runner_id } of missing) await renew(runner_id, signal);
+    page.checked = from && ended.at(-1)?.created_at < from ? { cursor: next_cursor, until: from } : null;
+  } catch {
+    // the stream tells when the service is away
+  } finally {
+    checking = false;
+  }
+}
+
+/** Read a runner anew, and forget it if there is none. */
+async function renew(id, signal) {
+  try {
+    fleet.put(await read(`runners/${id}`, { signal }));
+  } catch (error) {
+    if (!(error instanceof Refused && error.status === 404)) throw error;
+    fleet.drop(id);
+  }
+  render();
 }
 
 // The list.
@@ -351,12 +386,9 @@ function complete(shown) {
     if (asking.size >= 4) return;
     if (asking.has(id)) continue;
     asking.add(id);
-    read(`runners/${id}`, { signal: page.connection?.signal })
-      .then((record) => fleet.put(record), () => {})
-      .finally(() => {
-        asking.delete(id);
-        render();
-      });
+    renew(id, page.connection?.signal)
+      .catch(() => {})
+      .finally(() => asking.delete(id));
   }
 }
 
@@ -467,6 +499,8 @@ function lookAgain() {
 
 function refuse(current, error) {
   if (error instanceof Refused && error.status === 401) return leave(error);
+  if (error instanceof Refused && error.status === 404) fleet.drop(current.id);
+  render();
   complain($("runner-problem"), error);
 }
 
@@ -562,7 +596,7 @@ async function followLog(current) {
     }
     await look(current);
     if (!problem && current.record && !isLive(current.record)) {
-      text($("log-state"), $("log").textContent ? "complete" : "it wrote nothing");
+      text($("log-state"), "complete");
       return;
     }
     text($("log-state"), "cut off; reading it again…");
@@ -723,10 +757,14 @@ let hiding = 0;
 document.addEventListener("visibilitychange", () => {
   clearTimeout(hiding);
   if (document.hidden) hiding = setTimeout(() => page.connection?.abort(), HIDDEN_MS);
-  else page.wake();
+  else {
+    page.wake();
+    check();
+  }
 });
 setInterval(() => page.loaded && !document.hidden && render(), 1000);
 setInterval(() => page.loaded && !document.hidden && refreshSoon(), ENGINES_MS);
+setInterval(check, CHECK_MS);
 
 function turn(rows) {
   page.first = Math.max(0, page.first + rows);
