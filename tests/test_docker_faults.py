@@ -36,7 +36,7 @@ from conftest import (
     write_pools,
     written,
 )
-from docker_engine import HOST, IMAGE, Api, Gate, PrivateEngine
+from docker_engine import HOST, IMAGE, Api, PrivateEngine
 from docker_engine import _make_certificates as make_certificates
 
 from app.launchers.container import INSTALLATION, NAME, RUNNER_ID
@@ -968,19 +968,16 @@ async def test_an_engine_stopped_politely_ends_its_runners_and_none_as_a_success
         await hurt.all_free(client, *[slot_of(slot, number) for number in runners])
 
 
-async def test_an_engine_that_comes_later_gets_the_launch_and_a_missing_one_is_told(
-    service: Service, docker: Docker, gate: Gate, slot: Path
+async def test_an_engine_that_fails_launches_gets_them_later_and_what_it_never_takes_is_told(
+    service: Service, docker: Docker, proxy: Proxy, slot: Path
 ) -> None:
-    docker.host = gate.host
-    await gate.shut()
     pools = docker.pools(retry_attempts=20, retry_base_seconds=0.5)
     pools["hasty"] = {
         **pools["docker"],
         "config": {**pools["docker"]["config"], "retry_attempts": 2, "retry_base_seconds": 0},
     }
-    began = time.monotonic()
     async with service(pools, installation=docker.installation) as client:
-        assert time.monotonic() - began < SOON
+        proxy.spoil(CREATE, "refuse", None)
         answer = await client.post("/runners", json=launch_body(slot, pool="hasty"))
         said = problem(answer, 503, "engine-unavailable", words=docker.host)
         assert (said["retryable"], said["runner"]["reason"]) == (True, "engine_unavailable")
@@ -988,10 +985,65 @@ async def test_an_engine_that_comes_later_gets_the_launch_and_a_missing_one_is_t
         assert "Retry-After" in answer.headers
         runner = await asked_for(client, launch_body(slot, COUNT + "exit 3", pool="docker"))
         await until(lambda: has_attempts(client, runner), SECONDS)
-        await gate.open()
+        proxy.heal()
         assert (await finished(client, runner, SECONDS))["exit_code"] == 3
         assert read(slot / "started") == f"{runner['runner_id']}\n"
         await docker.all_free(client, slot)
+
+
+@pytest.mark.timeout(240)
+async def test_launches_for_an_engine_that_is_not_there_are_refused_at_once_until_it_comes(
+    service: Service, hurt: Docker, private_engine: PrivateEngine, slot: Path
+) -> None:
+    await asyncio.to_thread(private_engine.kill)
+    began = time.monotonic()
+    async with service(hurt.pools(), installation=hurt.installation) as client:
+        assert time.monotonic() - began < SOON
+        await refused_while_away(client, hurt, slot)
+        await asyncio.to_thread(private_engine.start)
+        await until(lambda: breaker_is(client, "closed"), SECONDS)
+        runner = await launched(client, launch_body(slot, COUNT + "exit 3", pool="docker"))
+        assert (await finished(client, runner, SECONDS))["exit_code"] == 3
+        assert read(slot / "started") == f"{runner['runner_id']}\n"
+        await hurt.all_free(client, slot)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("deed", ["stop", "freeze"])
+async def test_launches_for_an_engine_that_goes_away_are_refused_at_once_until_it_is_back(
+    service: Service, hurt: Docker, private_engine: PrivateEngine, slot: Path, deed: str
+) -> None:
+    async with service(hurt.pools(), installation=hurt.installation) as client:
+        await asyncio.to_thread(getattr(private_engine, deed))
+        first = await asked_for(client, launch_body(slot_of(slot, 2), COUNT + "exit 2", pool="docker"))
+        await refused_while_away(client, hurt, slot)
+        await asyncio.to_thread(private_engine.thaw)
+        await asyncio.to_thread(private_engine.start)
+        await until(lambda: breaker_is(client, "closed"), SECONDS)
+        runner = await launched(client, launch_body(slot, COUNT + "exit 3", pool="docker"))
+        assert (await finished(client, runner, SECONDS))["exit_code"] == 3
+        assert read(slot / "started") == f"{runner['runner_id']}\n"
+        record = await finished(client, first, SECONDS)
+        started = read(slot_of(slot, 2) / "started")
+        assert (record["reason"], started) in [("engine_unavailable", ""), ("exit_nonzero", f"{first['runner_id']}\n")]
+        await hurt.all_free(client, slot)
+
+
+async def refused_while_away(client: httpx.AsyncClient, docker: Docker, slot: Path) -> None:
+    """Wait until an engine is taken to be away, and see that a launch for it is refused in less than a second."""
+    await until(lambda: breaker_is(client, "open"), SECONDS)
+    began = time.monotonic()
+    answer = await client.post("/runners", json=launch_body(slot, COUNT, pool="docker"))
+    assert time.monotonic() - began < 1
+    problem(answer, 503, "engine-unavailable", words=f"docker:{docker.host} is away")
+    assert int(answer.headers["Retry-After"]) >= 1
+
+
+async def breaker_is(client: httpx.AsyncClient, state: str) -> bool:
+    """Say whether launches for the containers' engine are taken."""
+    engines = (await client.get("/engines")).json()["items"]
+    return [engine["breaker"] for engine in engines if "docker" in engine["pools"]] == [state]
 
 
 async def has_attempts(client: httpx.AsyncClient, runner: Json) -> bool:
