@@ -7,6 +7,7 @@ meanwhile happens in its turn, and nothing waits for real.
 import asyncio
 import contextlib
 import inspect
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
@@ -46,6 +47,8 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         super().__init__()
         self.now = 1_000_000.0
+        # Less than the next float after now: a timer that fires a hair early is set again for that hair, and no time passes.
+        self._clock_resolution = 0.6 * math.ulp(2.0**20)
         self.threads = 0
 
     @override
