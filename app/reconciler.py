@@ -138,7 +138,8 @@ class Reconciler:
         loops = [self._forever(step) for step in (self._hand_out, self._sweep)]
         self._tasks = [asyncio.create_task(loop, name=f"reconciler {number}") for number, loop in enumerate(loops)]
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._swept.wait(), START_SECONDS)
+            async with asyncio.timeout(START_SECONDS):
+                await self._swept.wait()
 
     async def aclose(self) -> None:
         """Stop working; runners live on."""
@@ -299,7 +300,8 @@ class Reconciler:
             await asyncio.sleep(held.pause)
         else:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(engine.doubted.wait(), RESYNC_SECONDS)
+                async with asyncio.timeout(RESYNC_SECONDS):  # Python 3.11's wait_for may swallow a cancellation
+                    await engine.doubted.wait()
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 await engine.launcher.ping()
