@@ -44,8 +44,8 @@ crash: .venv/ready ## kill the service ROUNDS times with launches in flight, and
 replicas: .venv/ready ## kill two replicas in turn with launches in flight: DATABASE=postgresql://... of an empty database
 	$(BIN)/python tests/crash/replicas.py --rounds $(or $(ROUNDS),20) --database $(DATABASE) $(CRASH_ARGS)
 
-faults: .venv/ready ## the faults of engines that take minutes to show, on real engines
-	$(BIN)/python -m pytest -m slow --timeout 900 $(PYTEST_ARGS)
+faults: .venv/ready ## faults of engines, machine and database, also those that take minutes, and one table of them
+	$(BIN)/python -m pytest -m "slow or fault" --timeout 900 $(PYTEST_ARGS)
 
 bench: .venv/ready ## figures beside bare engines, of all that this machine has; BENCH_ARGS=--short for a first look
 	$(BIN)/python tests/bench/bench.py $(BENCH_ARGS)

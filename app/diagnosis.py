@@ -44,12 +44,12 @@ class Diagnosis:
     next_step: str
 
 
-def diagnose(runner: Runner, events: Sequence[Event], log: Sequence[str], *, stale: bool) -> Diagnosis:
+def diagnose(runner: Runner, events: Sequence[Event], log: Sequence[str], *, away: bool) -> Diagnosis:
     """Explain a runner by its record, its events (the first one first) and the last lines of its output.
 
-    ``stale``: its engine has not answered lately.
+    ``away``: its engine does not answer.
     """
-    cause, next_step = _live(runner, stale=stale) if runner.phase is not Phase.FINISHED else _ended(runner, log)
+    cause, next_step = _live(runner, away=away) if runner.phase is not Phase.FINISHED else _ended(runner, log)
     evidence = (*_engine(runner), *_attempts(runner), *_limits(runner), *_events(events), *_lines(log))
     return Diagnosis(summary=_summary(runner), likely_cause=cause, evidence=evidence, next_step=next_step)
 
@@ -72,8 +72,13 @@ def _duration(runner: Runner) -> str:
 # Why, and what now.
 
 
-def _live(runner: Runner, *, stale: bool) -> tuple[str, str]:
-    if stale:
+def _live(runner: Runner, *, away: bool) -> tuple[str, str]:
+    if away and not runner.accepted:
+        return (
+            f"{runner.engine} does not answer; the launch was accepted, and is tried again within its attempts and its time",
+            f"bring {runner.engine} back (GET /engines says since when it is away and why), or stop the runner",
+        )
+    if away:
         return (
             f"{runner.engine} does not answer, so this may be out of date; the runner itself most likely goes on",
             f"bring {runner.engine} back; only if it is gone for good, end the record with DELETE ...?force=true",

@@ -28,6 +28,7 @@ class EngineState:
     """An engine as it was last heard of.
 
     ``answered_at`` and ``hinted_at``, when its watch last told of something, are seconds since the epoch; None: never.
+    ``away_since`` is when its breaker opened; None: launches are taken.
     """
 
     name: str
@@ -35,6 +36,7 @@ class EngineState:
     answers: bool
     answered_at: float | None
     hinted_at: float | None
+    away_since: float | None
     problem: str | None
     details: Mapping[str, JsonValue]
 
@@ -71,15 +73,17 @@ class Engines:
         states = []
         for name in self._names():
             said = self._said.get(name, _Said())
+            breaker = self._reconciler.breaker(name)
             times = [at for at in (said.at, self._reconciler.answered_at(name)) if at is not None]
             states.append(
                 EngineState(
                     name=name,
                     pools=tuple(pool.name for pool in self._pools().values() if pool.engine == name),
-                    answers=said.problem is None and answering.get(name, False),
+                    answers=said.problem is None and answering.get(name, False) and not breaker.open,
                     answered_at=max(times, default=None),
                     hinted_at=self._reconciler.hinted_at(name),
-                    problem=said.problem,
+                    away_since=breaker.away_since,
+                    problem=breaker.problem if breaker.open else said.problem,
                     details=said.details,
                 )
             )

@@ -451,6 +451,7 @@ class PoolRecord(BaseModel):
     cpu_quota: float | None
     memory_quota: int | None
     queued: int
+    launching: int = Field(description="of current_running, those that the engine has not accepted yet")
 
 
 class PoolPage(BaseModel):
@@ -471,6 +472,8 @@ class EngineRecord(BaseModel):
     answers: bool
     answered_at: datetime | None
     age_seconds: float | None = Field(description="since the last answer")
+    breaker: Literal["closed", "open"] = Field(description="`open` while it is away: launches for it are refused")
+    away_since: datetime | None = Field(description="when the breaker opened")
     problem: str | None = Field(description="what came instead of an answer")
     details: dict[str, JsonValue] = Field(description="what the engine is and can do, in its launcher's words")
 

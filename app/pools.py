@@ -65,6 +65,7 @@ _ROUNDING = 1e-9
 _CLOSE = 0.7
 _LONGEST = 1e9
 _MANY = 1_000_000
+_SELDOM = 1e-5
 _MOST_CORES = 1e6
 _MOST_MEBIBYTES = 2**43
 _NOTE = re.compile(r"([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
@@ -173,6 +174,7 @@ AskedMebibytes = Annotated[Mebibytes, BeforeValidator(_mebibytes)]
 Seconds = Annotated[float, Field(gt=0, le=_LONGEST)]
 SomeSeconds = Annotated[float, Field(ge=0, le=_LONGEST)]
 Count = Annotated[int, Field(ge=1, le=_MANY)]
+PerSecond = Annotated[float, Field(ge=_SELDOM, le=_MANY)]
 
 # What stands below a key describes it: `make reference` writes docs/pools.md of that.
 _CLOSED = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -306,6 +308,10 @@ class PoolConfig(BaseModel):
     """From TERM to KILL, where a stop does not say."""
     queue_limit: int = Field(default=0, ge=0, le=_MANY)
     """How many launches may wait for a place in a full pool; beyond that 429."""
+    launching_limit: Count | None = None
+    """How many launches may be under way at once, not yet taken by the engine; beyond that 429, or the queue."""
+    launch_rate: PerSecond | None = None
+    """Launches a second, and as many at once (0.1: one in ten seconds); beyond that 429, or the queue."""
     log_max_mib: Count = 50
     """MiB of its log that are kept, the newest."""
     public_url: WebAddress | None = None
@@ -471,11 +477,20 @@ def bound_to_node(engine: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What the runners placed in a pool hold together: their number, cores and MiB."""
+    """What the runners placed in a pool hold together: their number, cores and MiB; ``launching``: not yet accepted."""
 
     runners: int = 0
     cpu: float = 0
     memory_mib: int = 0
+    launching: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """At most so many launches begun in any so many seconds."""
+
+    launches: int
+    seconds: float
 
 
 class Pool(BaseModel):
@@ -538,12 +553,24 @@ class Pool(BaseModel):
         """Say why one more runner does not fit beside these now; None if it does. With `resources`, quotas bound the sum."""
         if usage.runners >= self.max_concurrency:
             return f"pool {self.name} holds {usage.runners} runners, and its max_concurrency is {self.max_concurrency}"
+        limit = self.config.launching_limit
+        if limit is not None and usage.launching >= limit:
+            return f"pool {self.name} has {usage.launching} launches under way, and its launching_limit is {limit}"
         cpu, memory = self.resources
         if cpu and self.cpu_quota and usage.cpu + cpu > self.cpu_quota + _ROUNDING:
             return f"a runner of pool {self.name} gets {cpu:g} cores, and {usage.cpu:g} of {self.cpu_quota:g} are taken"
         if memory and self.memory_quota and usage.memory_mib + memory > self.memory_quota:
             return f"a runner of pool {self.name} gets {memory} MiB, and {usage.memory_mib} of {self.memory_quota} are taken"
         return None
+
+    @property
+    def rate(self) -> Rate | None:
+        """How fast launches may begin."""
+        rate = self.config.launch_rate
+        if rate is None:
+            return None
+        at_once = max(1, int(rate))
+        return Rate(at_once, at_once / rate)
 
     @property
     def plain_settings(self) -> dict[str, str]:

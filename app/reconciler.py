@@ -18,6 +18,7 @@ from typing import Literal, assert_never
 from pydantic import JsonValue
 
 from app import log_lines
+from app.breaker import CLOSED, PATIENCE_SECONDS, Breaker, silent
 from app.errors import LauncherUnavailable, LaunchRejected, NotFound, NotOwner, SlotBusy, Unavailable
 from app.events import Change, Feed, Watch
 from app.launcher import Exited, Found, Gone, Handle, Launcher, LaunchSpec, Observation, Running, Starting
@@ -70,13 +71,14 @@ LOUD = 4
 
 @dataclass(slots=True, eq=False)
 class _Engine:
-    """A launcher in use, and when it last answered."""
+    """A launcher in use, when it last answered, and whether somebody got no answer since."""
 
     launcher: Launcher
     opened_at: float
     answered_at: float | None = None
     hinted_at: float | None = None
-    away: bool = False
+    breaker: Breaker = CLOSED
+    doubted: asyncio.Event = field(default_factory=asyncio.Event)
     sweeping: asyncio.Lock = field(default_factory=asyncio.Lock)
     loops: tuple[asyncio.Task[None], ...] = ()
     launches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(LAUNCHES))
@@ -136,7 +138,8 @@ class Reconciler:
         loops = [self._forever(step) for step in (self._hand_out, self._sweep)]
         self._tasks = [asyncio.create_task(loop, name=f"reconciler {number}") for number, loop in enumerate(loops)]
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._swept.wait(), START_SECONDS)
+            async with asyncio.timeout(START_SECONDS):
+                await self._swept.wait()
 
     async def aclose(self) -> None:
         """Stop working; runners live on."""
@@ -172,6 +175,11 @@ class Reconciler:
         known = self._engines.get(engine)
         return known.hinted_at if known else None
 
+    def breaker(self, engine: str) -> Breaker:
+        """Say whether an engine is taken to be away, and new launches for it are to be refused."""
+        known = self._engines.get(engine)
+        return known.breaker if known else CLOSED
+
     def engines(self) -> dict[str, bool]:
         """Say of every engine in use whether it has answered lately."""
         limit = self._now() - STALE_SECONDS
@@ -185,6 +193,7 @@ class Reconciler:
                 engine.loops = (
                     asyncio.create_task(self._forever(lambda: self._watch(name, engine)), name=f"watch {name}"),
                     asyncio.create_task(self._forever(lambda: self._resync(name, engine)), name=f"resync {name}"),
+                    asyncio.create_task(self._forever(lambda: self._probe(name, engine)), name=f"probe {name}"),
                 )
             return self._engines[name]
 
@@ -276,19 +285,36 @@ class Reconciler:
         running = {runner.runner_id: runner for runner in accepted if runner.engine == name}
         try:
             seen = await engine.launcher.observe([_handle(runner) for runner in running.values()]) if mine else {}
-            await engine.launcher.ping()
-        except LauncherUnavailable as error:
-            if not engine.away:
-                log.warning("%s does not answer, and %d runners wait for it: %s", name, len(running), error)
-            engine.away = True
+        except LauncherUnavailable:
+            engine.doubted.set()
             return
-        if engine.away:
-            log.warning("%s answers again", name)
-        engine.away, engine.answered_at = False, self._now()
         for runner_id, observation in seen.items():
             begun = isinstance(observation, Running) and running[runner_id].phase is Phase.STARTING
             if begun or isinstance(observation, Exited | Gone):
                 self._queue.add(runner_id)
+
+    async def _probe(self, name: str, engine: _Engine) -> None:
+        """Ask an engine for a sign of life, from time to time, and at once when it is doubted."""
+        held = engine.breaker
+        if held.missed:
+            await asyncio.sleep(held.pause)
+        else:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RESYNC_SECONDS):  # Python 3.11's wait_for may swallow a cancellation
+                    await engine.doubted.wait()
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await engine.launcher.ping()
+        except (LauncherUnavailable, TimeoutError) as error:
+            problem = str(error) or f"no sign of life for {PATIENCE_SECONDS:g} s"
+            engine.breaker = silent(held, problem, self._now())
+            if engine.breaker.open and not held.open:
+                log.warning("%s is away, and launches for it are refused until it answers: %s", name, problem)
+            return
+        engine.breaker, engine.answered_at = CLOSED, self._now()
+        engine.doubted.clear()
+        if held.open:
+            log.warning("%s answers again", name)
 
     async def _sweep(self) -> None:
         """Find what engines hold of ours that is on no record, at start and from time to time."""
@@ -300,8 +326,11 @@ class Reconciler:
     async def _sweep_engine(self, name: str) -> None:
         try:
             await self.sweep(name)
-        except (LauncherUnavailable, LaunchRejected) as error:
+        except LaunchRejected as error:
             log.warning("%s cannot be swept: %s", name, error)
+        except LauncherUnavailable as error:
+            log.warning("%s cannot be swept: %s", name, error)
+            self._doubt(name)
         except NotOwner:
             pass  # its owner does it
 
@@ -373,7 +402,16 @@ class Reconciler:
         if runner.traceparent:
             log_lines.trace_id.set(runner.traceparent.split("-")[1])
         async with self._ownership.owning(runner):
-            return await self._steps(runner, watch)
+            try:
+                return await self._steps(runner, watch)
+            except LauncherUnavailable:
+                self._doubt(runner.engine)
+                raise
+
+    def _doubt(self, engine: str) -> None:
+        """Have an engine asked for a sign of life, because somebody got no answer from it."""
+        if known := self._engines.get(engine):
+            known.doubted.set()
 
     async def _steps(self, runner: Runner | None, watch: Watch) -> float | None:
         seen: Observation | None = None
@@ -397,9 +435,7 @@ class Reconciler:
                         return KILL_AGAIN_SECONDS
                     runner = await self._write(runner, stop_sent(runner, self._now()), "stop_sent")
                 case Admit():
-                    if not await self._admit(runner):
-                        return runner.launch_deadline - self._now()
-                    return None
+                    return await self._admit(runner)
                 case CleanUp():
                     await self.wake_queued(runner.pool_name)
                     await self._clean_up(runner)
@@ -441,7 +477,11 @@ class Reconciler:
         except LauncherUnavailable as error:
             return await self._launch_failed(latest or runner, error)
         engine.answered_at = self._now()
-        return await self._write(latest, accepted(latest, handle, self._now()), "started")
+        started = await self._write(latest, accepted(latest, handle, self._now()), "started")
+        pool = self._pools().get(runner.pool_name)
+        if pool and pool.config.launching_limit:
+            await self.wake_queued(pool.name)
+        return started
 
     async def _engine_for_launch(self, runner: Runner) -> _Engine:
         """Open an engine. Failing to is the launch's end only if no service before this one can have launched it."""
@@ -483,6 +523,7 @@ class Reconciler:
         return latest
 
     async def _launch_failed(self, runner: Runner, error: LauncherUnavailable) -> Runner | None:
+        self._doubt(runner.engine)
         longest = min(BACKOFF_SECONDS[1], runner.policy.retry_base_seconds * 2 ** min(len(runner.attempts), 30))
         delay = error.retry_after or random.uniform(0, longest)  # noqa: S311 - full jitter
         # A service before this one may have begun this very call, or we did and called it off: that nothing was done now
@@ -498,16 +539,22 @@ class Reconciler:
         """Whether a service before this one, or the owner before us, may have launched it."""
         return runner.created_at < max(self._since, self._ownership.since(runner) + SKEW_SECONDS)
 
-    async def _admit(self, runner: Runner) -> bool:
+    async def _admit(self, runner: Runner) -> float | None:
+        """Give a runner its place if there is one now; else says when to look again, if nothing changes before."""
         pool = self._pools().get(runner.pool_name)
 
         def refusal(usage: Usage) -> str | None:
             return pool.refusal(usage) if pool else None  # a pool taken out of its file still serves what it accepted
 
-        admitted = await self._store.admit(runner, refusal, self._now(), self._ownership.fence(runner))
-        if admitted:
-            await self.wake_queued(runner.pool_name)
-        return admitted
+        left = runner.launch_deadline - self._now()
+        if (breaker := self.breaker(runner.engine)).open:
+            return min(left, breaker.pause)
+        fence, rate = self._ownership.fence(runner), pool.rate if pool else None
+        wait = await self._store.admit(runner, refusal, self._now(), fence, rate)
+        if wait:
+            return min(left, wait)
+        await self.wake_queued(runner.pool_name)
+        return None
 
     async def _clean_up(self, runner: Runner) -> None:
         """Make the log safe, free what the engine holds, wipe the secrets."""

@@ -98,6 +98,7 @@ class Runner:
     ``calls`` counts launch calls begun; it is written before each call, so a crash in the middle of one shows.
     ``slot_place`` is the slot's real path on its host, where the runner enters it. ``home`` is the node that alone can reach
     its engine, where replicas share a store. ``revision`` is that of the last event.
+    ``placed_at`` is when it got its place in the pool, by which the pool's rate counts.
     ``traceparent`` is its place in a trace as it was told; ``parent_span`` the span above, empty if it has none of its own.
     ``cleaned``: the engine holds nothing of it any more and its secrets are wiped.
     """
@@ -120,6 +121,7 @@ class Runner:
     traceparent: str = ""
     parent_span: str = ""
     revision: int = 0
+    placed_at: float | None = None
     calls: int = 0
     attempts: tuple[Attempt, ...] = ()
     next_attempt_at: float = 0
@@ -368,6 +370,7 @@ def adopted(labels: Mapping[str, str], handle: Handle, engine: str, started_at: 
         phase=Phase.RUNNING,
         calls=1,
         created_at=started_at,
+        placed_at=started_at,
         launch_deadline=started_at + policy.launch_timeout_seconds,
         policy=policy,
         cpu=float(labels["cpu"]) if "cpu" in labels else None,
@@ -389,7 +392,7 @@ def call_begun(runner: Runner) -> Runner:
 def admitted(runner: Runner, now: float) -> Runner:
     """The runner with a place in its pool; its time to launch counts from here."""
     deadline = now + runner.policy.launch_timeout_seconds
-    return replace(runner, phase=Phase.STARTING, launch_deadline=deadline, calls=1)
+    return replace(runner, phase=Phase.STARTING, launch_deadline=deadline, placed_at=now, calls=1)
 
 
 def call_failed(

@@ -5,7 +5,7 @@ The unique indexes over live rows are the slot guard: they hold even against a d
 
 from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, text
 
-HEAD = "0006"
+HEAD = "0007"
 """The migration that this code expects; a test compares it with the scripts."""
 
 metadata = MetaData()
@@ -34,6 +34,7 @@ runners = Table(
     Column("cleaned", Boolean, nullable=False),
     Column("body", Text, nullable=False),
     Column("log_kept_by", String),  # the node that kept the log
+    Column("placed_at", Float),
     sqlite_autoincrement=True,
 )
 Index("runners_live_slot", runners.c.slot_id, unique=True, sqlite_where=LIVE, postgresql_where=LIVE)
@@ -44,6 +45,7 @@ Index("runners_created", runners.c.created_at)
 Index("runners_task", runners.c.task_id, runners.c.seq)
 Index("runners_slot", runners.c.slot_id, runners.c.seq)
 Index("runners_pool", runners.c.pool_name, runners.c.seq)
+Index("runners_placed", runners.c.pool_name, runners.c.placed_at)
 Index("runners_state", runners.c.state, runners.c.seq)
 
 runner_labels = Table(  # the labels of runners, as lists are asked for them; `seq` is the runner's

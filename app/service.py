@@ -142,6 +142,7 @@ class RunnerService:
         above = Place.read(traceparent) if self._tracing else None
         runner, spec = self._prepare(request, pool, place, str(above.below()) if above else traceparent)
         runner = replace(runner, traceparent=spec.environment["TRACEPARENT"], parent_span=above.span_id if above else "")
+        self._check_engine(pool.engine)
         begun = self._now()
         intent = Intent(
             runner=runner,
@@ -151,11 +152,19 @@ class RunnerService:
             caller=caller.name,
             key=key,
             request_sha256=digest,
+            rate=pool.rate,
         )
         runner, replayed = await self._store.intend(intent)
         if self._tracing and not replayed:
             self._tracing.intent(runner, begun)
         return Launched(await self._launched(runner, wait), replayed)
+
+    def _check_engine(self, engine: str) -> None:
+        """Raise Unavailable while an engine is away, so that nobody waits for it."""
+        breaker = self._reconciler.breaker(engine)
+        if breaker.open:
+            text = f"{engine} is away, and is asked until it answers: {breaker.problem}"
+            raise Unavailable(text, code="engine-unavailable", retry_after=breaker.pause)
 
     async def preview(self, request: LaunchRequest, caller: Caller, traceparent: str) -> Preview:
         """Show what a launch would be, without making anything. Raises RequestRefused as a launch would."""
@@ -183,6 +192,10 @@ class RunnerService:
             await self._store.check_slot(runner)
         except SlotBusy as error:
             return str(error) if caller.sees(error.holder.pool_name) else "the slot is held by a runner of another pool"
+        try:
+            self._check_engine(pool.engine)
+        except Unavailable as error:
+            return str(error)
         return pool.refusal((await self._store.usage()).get(pool.name, Usage()))
 
     async def _pool_of(self, request: LaunchRequest, caller: Caller) -> Pool:
@@ -237,6 +250,7 @@ class RunnerService:
             phase=Phase.STARTING,
             calls=1,
             created_at=now,
+            placed_at=now,
             launch_deadline=now + pool.policy.launch_timeout_seconds,
             policy=pool.policy,
             labels=dict(pool.config.labels),
@@ -347,7 +361,8 @@ class RunnerService:
     async def diagnosis(self, runner: Runner) -> Diagnosis:
         """Explain a runner, with the last lines of its log if they can be had."""
         events = await self._store.history(runner.runner_id)
-        return diagnose(runner, events, await self._last_lines(runner), stale=self.heard(runner)[1])
+        away = self.heard(runner)[1] or self._reconciler.breaker(runner.engine).open
+        return diagnose(runner, events, await self._last_lines(runner), away=away)
 
     async def _last_lines(self, runner: Runner) -> list[str]:
         last = b""
@@ -368,7 +383,8 @@ class RunnerService:
 
     def engines(self) -> dict[str, bool]:
         """Say of every engine in use whether it answers."""
-        return self._reconciler.engines()
+        lately = self._reconciler.engines()
+        return {name: answers and not self._reconciler.breaker(name).open for name, answers in lately.items()}
 
     async def logs(
         self, runner: Runner, *, tail: int | None, follow: bool, since: float | None = None

@@ -4,6 +4,7 @@ Every change of a runner is conditional on the revision it was decided on, and c
 """
 
 import functools
+import math
 import re
 import secrets
 from collections.abc import Callable, Collection, Sequence
@@ -19,7 +20,7 @@ from app.database import BATCH, Database, Write
 from app.errors import AmbiguousId, InvalidRequest, NotFound, NotOwner, PoolFull, SlotBusy
 from app.events import Change, Event
 from app.launcher import LaunchSpec
-from app.pools import Usage
+from app.pools import Rate, Usage
 from app.reason import Reason
 from app.recent import MOST, Recent
 from app.runner import LIVE as LIVE_PHASES
@@ -54,7 +55,8 @@ _event = TypeAdapter(Event)
 class Intent:
     """A launch to be recorded: the runner as it starts if there is room now, how to launch it, and who asked.
 
-    ``refusal`` says why one more runner does not fit a pool that is used so; up to ``queue_limit`` of those wait.
+    ``refusal`` says why one more runner does not fit a pool that is used so, ``rate`` how fast they may begin there; up to
+    ``queue_limit`` of those that cannot begin wait.
     """
 
     runner: Runner
@@ -64,6 +66,7 @@ class Intent:
     caller: str
     key: str | None
     request_sha256: str
+    rate: Rate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,10 +157,18 @@ class Store:
         await self._write(write, fence)
 
     async def admit(
-        self, runner: Runner, refusal: Callable[[Usage], str | None], now: float, fence: Fence | None = None
-    ) -> bool:
-        """Give a queued runner a place, if there is one and nobody waits before it."""
-        return await self._write(functools.partial(_admit, runner, refusal, now), fence)
+        self,
+        runner: Runner,
+        refusal: Callable[[Usage], str | None],
+        now: float,
+        fence: Fence | None = None,
+        rate: Rate | None = None,
+    ) -> float:
+        """Give a queued runner a place, if there is one and nobody waits before it.
+
+        Gives the seconds to wait until it is worth trying again: 0 when it was admitted, infinity until something changes.
+        """
+        return await self._write(functools.partial(_admit, runner=runner, refusal=refusal, rate=rate, now=now), fence)
 
     async def change(
         self,
@@ -388,10 +399,13 @@ def _intend(intent: Intent, connection: Connection, changes: list[Change]) -> tu
     _check_slot(connection, runner)
     why_not = intent.refusal(_pool_usage(connection, runner.pool_name))
     waiting = _count(connection, runner.pool_name, Phase.QUEUED)
+    turn = _turn(connection, runner.pool_name, intent.rate, runner.created_at)
+    if turn and not why_not:
+        why_not = f"pool {runner.pool_name} begins no launch in the next {turn:.1f} s, as its launch_rate has it"
     if why_not or waiting:
         if waiting >= intent.queue_limit:
-            raise PoolFull(why_not or f"{waiting} launches wait for pool {runner.pool_name} already")
-        runner = replace(runner, phase=Phase.QUEUED, calls=0)
+            raise PoolFull(why_not or f"{waiting} launches wait for pool {runner.pool_name} already", retry_after=turn)
+        runner = replace(runner, phase=Phase.QUEUED, calls=0, placed_at=None)
     message = why_not if runner.phase is Phase.QUEUED else None
     runner = _insert(connection, changes, runner, at=runner.created_at, event_type="accepted", message=message)
     spec = _spec.dump_json(intent.spec).decode()
@@ -432,18 +446,41 @@ def _check_slot(connection: Connection, runner: Runner) -> None:
         raise SlotBusy(f"slot {runner.slot_id} is held by {holder.runner_id}, which is {holder.phase}", holder)
 
 
+def _turn(connection: Connection, pool_name: str, rate: Rate | None, now: float) -> float:
+    """Say in how many seconds one more launch of a pool may begin.
+
+    What began further in the future than the rate reaches, by a clock that was set back since, counts for nothing.
+    """
+    if rate is None:
+        return 0
+    newest = sa.select(runners.c.placed_at).where(
+        runners.c.pool_name == pool_name, runners.c.placed_at > now - rate.seconds, runners.c.placed_at < now + rate.seconds
+    )
+    earliest = connection.execute(newest.order_by(runners.c.placed_at.desc()).offset(rate.launches - 1).limit(1)).scalar()
+    return 0 if earliest is None else max(0.0, earliest + rate.seconds - now)
+
+
 def _admit(
-    runner: Runner, refusal: Callable[[Usage], str | None], now: float, connection: Connection, changes: list[Change]
-) -> bool:
+    connection: Connection,
+    changes: list[Change],
+    *,
+    runner: Runner,
+    refusal: Callable[[Usage], str | None],
+    rate: Rate | None,
+    now: float,
+) -> float:
     first = sa.select(sa.func.min(runners.c.seq)).where(
         LIVE, runners.c.pool_name == runner.pool_name, runners.c.phase == Phase.QUEUED
     )
     mine = sa.select(runners.c.seq).where(runners.c.runner_id == runner.runner_id)
     if connection.execute(first).scalar() != connection.execute(mine).scalar():
-        return False
+        return math.inf
     if refusal(_pool_usage(connection, runner.pool_name)):
-        return False
-    return _change(connection, changes, old=runner, new=admitted(runner, now), event_type="admitted", at=now) is not None
+        return math.inf
+    if turn := _turn(connection, runner.pool_name, rate, now):
+        return turn
+    changed = _change(connection, changes, old=runner, new=admitted(runner, now), event_type="admitted", at=now)
+    return 0 if changed else math.inf
 
 
 def _change(
@@ -651,11 +688,13 @@ def _usage() -> sa.Select[Any]:
         sa.func.count().label("runners"),
         sa.func.coalesce(sa.func.sum(runners.c.cpu), 0.0).label("cpu"),
         sa.func.coalesce(sa.func.sum(runners.c.memory_mib), 0).label("memory_mib"),
+        sa.func.count().filter(runners.c.state == State.PENDING).label("launching"),
     ).where(LIVE, runners.c.phase.in_(PLACED))
 
 
 def _usage_of(row: Row[Any]) -> Usage:
-    return Usage(runners=row.runners, cpu=row.cpu, memory_mib=int(row.memory_mib))  # PostgreSQL sums to a decimal
+    memory_mib = int(row.memory_mib)  # PostgreSQL sums to a decimal
+    return Usage(runners=row.runners, cpu=row.cpu, memory_mib=memory_mib, launching=row.launching)
 
 
 def _pool_usage(connection: Connection, pool_name: str) -> Usage:
@@ -712,6 +751,7 @@ def _columns(runner: Runner) -> dict[str, Any]:
         "created_at": runner.created_at,
         "cpu": runner.cpu,
         "memory_mib": runner.memory_mib,
+        "placed_at": runner.placed_at,
         "last_heartbeat": runner.last_heartbeat,
         "cleaned": runner.cleaned,
         "body": _runner.dump_json(runner).decode(),

@@ -57,10 +57,12 @@ class Telemetry:
         self._running = gauge("pool_runners", "Live runners placed in a pool", "pool")
         self._slots = gauge("pool_max_concurrency", "How many runners a pool may hold", "pool")
         self._queued = gauge("pool_queued", "Launches that wait for a place in a pool", "pool")
+        self._launching = gauge("pool_launching", "Launches of a pool that its engine has not accepted yet", "pool")
         self._cpu = gauge("pool_cpu_cores", "Sum of the limits of a pool's live runners", "pool")
         self._memory = gauge("pool_memory_mib", "Sum of the limits of a pool's live runners", "pool")
         self._enabled = gauge("pool_enabled", "Whether a pool is switched on", "pool")
         self._answers = gauge("engine_answers", "Whether an engine answers", "engine")
+        self._open = gauge("engine_breaker_open", "Whether an engine is away and launches for it are refused", "engine")
         self._age = gauge("engine_answer_age_seconds", "Since an engine's last answer", "engine")
         self._hint_age = gauge("engine_watch_age_seconds", "Since an engine's watch last told of a change", "engine")
         self._streams = gauge("event_streams", "Who follows all events: open streams, and targets of webhooks")
@@ -100,10 +102,12 @@ class Telemetry:
             self._running,
             self._slots,
             self._queued,
+            self._launching,
             self._cpu,
             self._memory,
             self._enabled,
             self._answers,
+            self._open,
             self._age,
             self._hint_age,
             self._behind,
@@ -117,11 +121,13 @@ class Telemetry:
             self._running.labels(name).set(state.usage.runners)
             self._slots.labels(name).set(state.pool.max_concurrency)
             self._queued.labels(name).set(state.queued)
+            self._launching.labels(name).set(state.usage.launching)
             self._cpu.labels(name).set(state.usage.cpu)
             self._memory.labels(name).set(state.usage.memory_mib)
             self._enabled.labels(name).set(state.enabled)
         for engine in engines:
             self._answers.labels(engine.name).set(engine.answers)
+            self._open.labels(engine.name).set(engine.away_since is not None)
             if engine.answered_at is not None:
                 self._age.labels(engine.name).set(max(0.0, self._now() - engine.answered_at))
             if engine.hinted_at is not None:

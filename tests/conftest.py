@@ -30,7 +30,7 @@ from typing_extensions import override
 from app.main import create_app
 from app.settings import Settings
 
-pytest_plugins = ["engines", "docker_engine", "postgres", "service_image"]
+pytest_plugins = ["engines", "docker_engine", "fault_table", "postgres", "service_image"]
 pytest.register_assert_rewrite("launcher_contract")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background deaf to these two,

@@ -34,6 +34,7 @@ async def test_a_pool_tells_what_it_may_use_and_what_it_uses(service: Service, s
         "cpu_quota": 2.0,
         "memory_quota": 1024,
         "queued": 0,
+        "launching": 0,
     }
     async with service({"local": pool}) as client:
         assert (await client.get("/pools/local")).json() == idle

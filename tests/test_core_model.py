@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from house import House, SimulatedLoop, pool
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from test_reconciler import House, SimulatedLoop, pool
 from typing_extensions import override
 
 from app.errors import LauncherUnavailable, PoolFull, SlotBusy

@@ -34,9 +34,9 @@ def ended(reason: Reason | None, message: str | None = "the engine's words", **f
     return replace(RUNNER, phase=Phase.FINISHED, reason=reason, message=message, finished_at=T + 11, **facts)  # type: ignore[arg-type]
 
 
-def explained(runner: Runner, *log: str, stale: bool = False) -> Diagnosis:
+def explained(runner: Runner, *log: str, away: bool = False) -> Diagnosis:
     event = Event(runner_id=runner.runner_id, at=T, type="finished", from_phase=None, to_phase=runner.phase, revision=1)
-    return diagnose(runner, [event], log, stale=stale)
+    return diagnose(runner, [event], log, away=away)
 
 
 def texts(diagnosis: Diagnosis, source: str) -> list[str]:
@@ -134,7 +134,7 @@ def test_the_evidence_is_what_is_on_record() -> None:
 def test_a_live_runner_is_explained_too(runner: Runner, words: str) -> None:
     assert words in explained(runner).likely_cause
     assert explained(runner).summary.endswith(f"is {runner.phase}")
-    assert "does not answer" in explained(runner, stale=True).likely_cause
+    assert "does not answer" in explained(runner, away=True).likely_cause
 
 
 # Over HTTP.

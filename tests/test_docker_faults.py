@@ -36,8 +36,9 @@ from conftest import (
     write_pools,
     written,
 )
-from docker_engine import HOST, IMAGE, Api, Gate, PrivateEngine
+from docker_engine import HOST, IMAGE, Api, PrivateEngine
 from docker_engine import _make_certificates as make_certificates
+from fault_table import End, Verdict
 
 from app.launchers.container import INSTALLATION, NAME, RUNNER_ID
 from app.main import create_app
@@ -106,6 +107,10 @@ class Docker:
         assert (await client.get("/pools/docker")).json()["current_running"] == 0
         for slot in slots:
             await finished(client, await launched(client, launch_body(slot, "exit 0", pool="local")))
+
+    def left(self) -> list[str]:
+        """Name the runners of which a container is there."""
+        return [container["Labels"][RUNNER_ID] for container in self.containers()]
 
     def remove_all(self) -> list[str]:
         """Remove what there is of this installation, and name it."""
@@ -308,6 +313,7 @@ START = r"POST /containers/\w+/start"
 INSPECT = r"GET /containers/[\w-]+/json"
 
 
+@pytest.mark.fault("an engine that lies: 500 after it acted, answers cut off, calls refused")
 @pytest.mark.parametrize("deed", ["refuse", "fail", "deny", "drop"])
 @pytest.mark.parametrize(
     "call",
@@ -315,7 +321,7 @@ INSPECT = r"GET /containers/[\w-]+/json"
     ids=["create", "archive", "start", "inspect"],
 )
 async def test_a_call_that_fails_or_whose_answer_is_lost_makes_one_container_started_once(
-    *, service: Service, docker: Docker, proxy: Proxy, slot: Path, call: str, deed: Deed
+    *, service: Service, docker: Docker, proxy: Proxy, slot: Path, call: str, deed: Deed, verdict: Verdict
 ) -> None:
     async with service(docker.pools(), installation=docker.installation) as client:
         proxy.spoil(call, deed)
@@ -328,6 +334,7 @@ async def test_a_call_that_fails_or_whose_answer_is_lost_makes_one_container_sta
             (told,) = (attempt["error"] for attempt in record["attempts"])
             assert docker.host in told
             assert "the disk is full" in told or deed in ("refuse", "drop")
+        await verdict.judge(client, slot.parent, {runner["runner_id"]: ("failed", 3)}, docker.left)
         await docker.all_free(client, slot)
 
 
@@ -857,10 +864,11 @@ def let_go(slot: Path, *numbers: int) -> None:
         (slot_of(slot, number) / "go").touch()
 
 
+@pytest.mark.fault("an engine that hangs: it accepts and never answers")
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("seconds", [6, pytest.param(35, marks=pytest.mark.slow)])
 async def test_an_engine_that_hangs_changes_nothing_but_stale_and_all_is_told_when_it_goes_on(
-    service: Service, hurt: Docker, private_engine: PrivateEngine, slot: Path, seconds: int
+    *, service: Service, hurt: Docker, private_engine: PrivateEngine, slot: Path, seconds: int, verdict: Verdict
 ) -> None:
     async with service(hurt.pools(), installation=hurt.installation) as client:
         runners = await live_runners(client, slot, {0: "exit 0", 7: "exit 7", 2: "exit 2"})
@@ -882,6 +890,7 @@ async def test_an_engine_that_hangs_changes_nothing_but_stale_and_all_is_told_wh
             if seconds > 30:
                 await until(lambda: is_stale(client, runners[2]), SOON)
                 assert (await client.get("/readyz")).status_code == 200
+        verdict.over()
         ended = [await finished(client, runners[code], SOON * 2) for code in (0, 7)]
         assert [(record["state"], record["exit_code"], record["stale"]) for record in ended] == [
             ("completed", 0, False),
@@ -894,8 +903,12 @@ async def test_an_engine_that_hangs_changes_nothing_but_stale_and_all_is_told_wh
         record = await record_of(client, runners[2])
         assert record["phase"] == "running"
         await until(lambda: is_fresh(client, runners[2]), SECONDS)
+        verdict.right()
         let_go(slot, 2)
         assert (await finished(client, runners[2], SECONDS))["exit_code"] == 2
+        right: dict[str, End] = {runners[code]["runner_id"]: ("failed", code) for code in (2, 7)}
+        right |= {runners[0]["runner_id"]: ("completed", 0), coming["runner_id"]: ("failed", 5)}
+        await verdict.judge(client, slot.parent, right, hurt.left)
         await hurt.all_free(client, slot, slot_of(slot, 9), slot_of(slot, 0))
 
 
@@ -914,9 +927,10 @@ async def is_fresh(client: httpx.AsyncClient, runner: Json) -> bool:
     return not await is_stale(client, runner)
 
 
+@pytest.mark.fault("an engine that is killed under live runners, and comes back")
 @pytest.mark.timeout(240)
 async def test_an_engine_killed_under_live_runners_and_restarted_tells_no_false_success(
-    service: Service, hurt: Docker, private_engine: PrivateEngine, slot: Path
+    service: Service, hurt: Docker, private_engine: PrivateEngine, slot: Path, verdict: Verdict
 ) -> None:
     async with service(hurt.pools(retry_attempts=100), installation=hurt.installation) as client:
         runners = await live_runners(client, slot, {0: "exit 0", 7: "exit 7", 3: "exit 0"})
@@ -926,6 +940,7 @@ async def test_an_engine_killed_under_live_runners_and_restarted_tells_no_false_
         await until(lambda: all((slot_of(slot, code) / "gone").exists() for code in (0, 7)), SECONDS)
         assert [(await record_of(client, runner))["phase"] for runner in runners.values()] == ["running"] * 3
         await asyncio.to_thread(private_engine.start)
+        verdict.over()
         records = {code: await finished(client, runner, SECONDS) for code, runner in runners.items()}
         ends = {code: (record["state"], record["exit_code"]) for code, record in records.items()}
         assert ends == {0: ("completed", 0), 7: ("failed", 7), 3: ("failed", ends[3][1])}  # the engine ends what lives
@@ -933,9 +948,12 @@ async def test_an_engine_killed_under_live_runners_and_restarted_tells_no_false_
         assert (record["reason"], record["exit_code"]) == ("exit_nonzero", 5)
         assert read(slot / "started") == f"{coming['runner_id']}\n"
         assert all(hurt.host in attempt["error"] for attempt in record["attempts"])
+        right = {runner["runner_id"]: ends[code] for code, runner in runners.items()}
+        await verdict.judge(client, slot.parent, right | {coming["runner_id"]: ("failed", 5)}, hurt.left)
         await hurt.all_free(client, slot, *[slot_of(slot, number) for number in runners])
 
 
+@pytest.mark.fault("a power cut of an engine")
 @pytest.mark.timeout(240)
 async def test_a_power_cut_ends_runners_and_none_as_a_success(
     service: Service, hurt: Docker, private_engine: PrivateEngine, slot: Path
@@ -952,6 +970,7 @@ async def test_a_power_cut_ends_runners_and_none_as_a_success(
         await hurt.all_free(client, *[slot_of(slot, number) for number in runners])
 
 
+@pytest.mark.fault("an engine that is stopped politely, and comes back")
 @pytest.mark.timeout(240)
 async def test_an_engine_stopped_politely_ends_its_runners_and_none_as_a_success(
     service: Service, hurt: Docker, private_engine: PrivateEngine, slot: Path
@@ -968,19 +987,16 @@ async def test_an_engine_stopped_politely_ends_its_runners_and_none_as_a_success
         await hurt.all_free(client, *[slot_of(slot, number) for number in runners])
 
 
-async def test_an_engine_that_comes_later_gets_the_launch_and_a_missing_one_is_told(
-    service: Service, docker: Docker, gate: Gate, slot: Path
+async def test_an_engine_that_fails_launches_gets_them_later_and_what_it_never_takes_is_told(
+    service: Service, docker: Docker, proxy: Proxy, slot: Path
 ) -> None:
-    docker.host = gate.host
-    await gate.shut()
     pools = docker.pools(retry_attempts=20, retry_base_seconds=0.5)
     pools["hasty"] = {
         **pools["docker"],
         "config": {**pools["docker"]["config"], "retry_attempts": 2, "retry_base_seconds": 0},
     }
-    began = time.monotonic()
     async with service(pools, installation=docker.installation) as client:
-        assert time.monotonic() - began < SOON
+        proxy.spoil(CREATE, "refuse", None)
         answer = await client.post("/runners", json=launch_body(slot, pool="hasty"))
         said = problem(answer, 503, "engine-unavailable", words=docker.host)
         assert (said["retryable"], said["runner"]["reason"]) == (True, "engine_unavailable")
@@ -988,10 +1004,72 @@ async def test_an_engine_that_comes_later_gets_the_launch_and_a_missing_one_is_t
         assert "Retry-After" in answer.headers
         runner = await asked_for(client, launch_body(slot, COUNT + "exit 3", pool="docker"))
         await until(lambda: has_attempts(client, runner), SECONDS)
-        await gate.open()
+        proxy.heal()
         assert (await finished(client, runner, SECONDS))["exit_code"] == 3
         assert read(slot / "started") == f"{runner['runner_id']}\n"
         await docker.all_free(client, slot)
+
+
+@pytest.mark.fault("an engine that is away: launches refused at once, until it is back")
+@pytest.mark.timeout(240)
+async def test_launches_for_an_engine_that_is_not_there_are_refused_at_once_until_it_comes(
+    service: Service, hurt: Docker, private_engine: PrivateEngine, slot: Path, verdict: Verdict
+) -> None:
+    await asyncio.to_thread(private_engine.kill)
+    began = time.monotonic()
+    async with service(hurt.pools(), installation=hurt.installation) as client:
+        assert time.monotonic() - began < SOON
+        await refused_while_away(client, hurt, slot)
+        await asyncio.to_thread(private_engine.start)
+        verdict.over()
+        await until(lambda: breaker_is(client, "closed"), SECONDS)
+        verdict.right()
+        runner = await launched(client, launch_body(slot, COUNT + "exit 3", pool="docker"))
+        assert (await finished(client, runner, SECONDS))["exit_code"] == 3
+        assert read(slot / "started") == f"{runner['runner_id']}\n"
+        await verdict.judge(client, slot.parent, {runner["runner_id"]: ("failed", 3)}, hurt.left)
+        await hurt.all_free(client, slot)
+
+
+@pytest.mark.fault("an engine that is away: launches refused at once, until it is back")
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("deed", ["stop", "freeze"])
+async def test_launches_for_an_engine_that_goes_away_are_refused_at_once_until_it_is_back(
+    *, service: Service, hurt: Docker, private_engine: PrivateEngine, slot: Path, deed: str, verdict: Verdict
+) -> None:
+    async with service(hurt.pools(), installation=hurt.installation) as client:
+        await asyncio.to_thread(getattr(private_engine, deed))
+        first = await asked_for(client, launch_body(slot_of(slot, 2), COUNT + "exit 2", pool="docker"))
+        await refused_while_away(client, hurt, slot)
+        await asyncio.to_thread(private_engine.thaw)
+        await asyncio.to_thread(private_engine.start)
+        verdict.over()
+        await until(lambda: breaker_is(client, "closed"), SECONDS)
+        verdict.right()
+        runner = await launched(client, launch_body(slot, COUNT + "exit 3", pool="docker"))
+        assert (await finished(client, runner, SECONDS))["exit_code"] == 3
+        assert read(slot / "started") == f"{runner['runner_id']}\n"
+        record = await finished(client, first, SECONDS)
+        started = read(slot_of(slot, 2) / "started")
+        assert (record["reason"], started) in [("engine_unavailable", ""), ("exit_nonzero", f"{first['runner_id']}\n")]
+        await hurt.all_free(client, slot)
+
+
+async def refused_while_away(client: httpx.AsyncClient, docker: Docker, slot: Path) -> None:
+    """Wait until an engine is taken to be away, and see that a launch for it is refused in less than a second."""
+    await until(lambda: breaker_is(client, "open"), SECONDS)
+    began = time.monotonic()
+    answer = await client.post("/runners", json=launch_body(slot, COUNT, pool="docker"))
+    assert time.monotonic() - began < 1
+    problem(answer, 503, "engine-unavailable", words=f"docker:{docker.host} is away")
+    assert int(answer.headers["Retry-After"]) >= 1
+
+
+async def breaker_is(client: httpx.AsyncClient, state: str) -> bool:
+    """Say whether launches for the containers' engine are taken."""
+    engines = (await client.get("/engines")).json()["items"]
+    return [engine["breaker"] for engine in engines if "docker" in engine["pools"]] == [state]
 
 
 async def has_attempts(client: httpx.AsyncClient, runner: Json) -> bool:

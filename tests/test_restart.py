@@ -7,7 +7,9 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 from conftest import Serve, alive, finished, launch_body, launched, local_pool, record_of, told, until, written
+from fault_table import Verdict
 
 
 async def test_an_end_while_the_service_is_dead_is_told_with_its_exit_code(serve: Serve, slot: Path) -> None:
@@ -32,6 +34,7 @@ async def test_the_run_deadline_holds_though_the_service_never_comes_back(serve:
         assert record["reason"] == "deadline_exceeded"
 
 
+@pytest.mark.fault("the database is lost under live runners")
 async def test_a_lost_database_kills_no_runner_and_frees_no_slot(serve: Serve, slot: Path, state_dir: Path) -> None:
     async with serve(leave_runners=True) as service, service.client() as client:
         runner = await launched(client, launch_body(slot, "cat /proc/$$/environ >environ; sleep 60"))
@@ -54,15 +57,18 @@ async def test_a_lost_database_kills_no_runner_and_frees_no_slot(serve: Serve, s
         assert (await finished(client, runner))["reason"] == "cancelled"
 
 
+@pytest.mark.fault("the database is restored from before the launch of live runners")
 async def test_a_database_restored_from_before_the_launch_knows_the_runner_again(
-    serve: Serve, slot: Path, state_dir: Path, tmp_path: Path
+    serve: Serve, slot: Path, state_dir: Path, tmp_path: Path, verdict: Verdict
 ) -> None:
     async with serve() as service, service.client() as client:
         before = await launched(client, launch_body(slot, "exit 0"))
         await finished(client, before)
     shutil.copytree(state_dir, tmp_path / "backup", ignore=shutil.ignore_patterns("runners", "logs"))
     async with serve(leave_runners=True) as service, service.client() as client:
-        runner = await launched(client, launch_body(slot, "while [ ! -e go ]; do sleep 0.05; done; exit 4"))
+        runner = await launched(
+            client, launch_body(slot, 'echo "$RUNNER_ID" >>started; until [ -e go ]; do sleep 0.05; done; exit 4')
+        )
         await service.end(signal.SIGKILL)
     for path in state_dir.glob("runners.db*"):
         path.unlink()
@@ -70,10 +76,13 @@ async def test_a_database_restored_from_before_the_launch_knows_the_runner_again
         shutil.copy(path, state_dir)
     async with serve() as service, service.client() as client:
         assert (await record_of(client, before))["state"] == "completed"
+        verdict.over()
         await service.says("adopted")
         (slot / "go").touch()
         record = await finished(client, runner)
         assert (record["reason"], record["exit_code"]) == ("exit_nonzero", 4)
+        name = runner["runner_id"]
+        await verdict.judge(client, slot.parent, {name: ("failed", 4)}, lambda: [name] if alive(runner) else [])
 
 
 async def test_a_run_directory_that_means_nothing_is_left_alone(serve: Serve, slot: Path, state_dir: Path) -> None:

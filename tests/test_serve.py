@@ -286,6 +286,7 @@ async def state_is(state: str, client: httpx.AsyncClient, runner: Json) -> bool:
 # Going down, and coming up again.
 
 
+@pytest.mark.fault("the service ends under live runners, by SIGTERM, SIGINT, SIGKILL")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 async def test_runners_outlive_the_service_and_the_next_start_finds_their_ends(
     serve: Serve, slot: Path, number: signal.Signals
@@ -412,6 +413,7 @@ def fill(disk: Path) -> None:
             file.write(bytes(4096))
 
 
+@pytest.mark.fault("the disk is full, for state and logs")
 async def test_with_the_disk_full_a_launch_is_refused_and_nothing_starts(serve: Serve, slot: Path, state_dir: Path) -> None:
     async with on_a_small_disk(serve, state_dir) as (running, disk), running.client() as client:
         before = await finished(client, await launched(client, launch_body(slot)))
@@ -435,6 +437,7 @@ async def test_with_the_disk_full_a_launch_is_refused_and_nothing_starts(serve: 
         assert (await written(slot / "witness")).split() == [runner["runner_id"]]
 
 
+@pytest.mark.fault("the disk is full, for state and logs")
 async def test_an_end_that_could_not_be_written_is_told_once_there_is_room(
     serve: Serve, slot: Path, state_dir: Path
 ) -> None:

@@ -5,6 +5,7 @@ What is written together, what is refused, and what is read without reading it a
 
 import asyncio
 import contextlib
+import math
 import sqlite3
 import stat
 import threading
@@ -26,7 +27,7 @@ import app
 from app.errors import ConfigurationError, InvalidRequest, NotFound, PoolFull, SlotBusy, Unavailable
 from app.events import Change
 from app.launcher import Enforcement, Handle, LaunchSpec
-from app.pools import Usage
+from app.pools import Rate, Usage
 from app.reason import Reason
 from app.runner import Attempt, Phase, Policy, Runner, State, Stop, accepted, admitted, finished, stop_asked
 from app.schema import HEAD, metadata
@@ -226,11 +227,14 @@ async def test_a_full_pool_refuses_and_says_why(store: Store, database: Database
 
 async def test_a_pools_use_is_what_its_placed_runners_hold_together(store: Store) -> None:
     await put(store, 1, cpu=0.5, memory_mib=100)
-    await put(store, 2, cpu=1.0, memory_mib=None, phase=Phase.STOPPING)
+    await put(store, 2, cpu=1.0, memory_mib=None, phase=Phase.STOPPING, started_at=T)
     await put(store, 3, cpu=4.0, memory_mib=10, phase=Phase.QUEUED)
     await put(store, 4, cpu=8.0, memory_mib=1, pool_name="other")
     await end(store, await put(store, 5, cpu=16.0, memory_mib=10_000))
-    used = {"local": Usage(runners=2, cpu=1.5, memory_mib=100), "other": Usage(runners=1, cpu=8.0, memory_mib=1)}
+    used = {
+        "local": Usage(runners=2, cpu=1.5, memory_mib=100, launching=1),
+        "other": Usage(runners=1, cpu=8.0, memory_mib=1, launching=1),
+    }
     asked: list[Usage] = []
     await store.intend(intent(make(6), refusal=asked.append, queue_limit=9))
     assert asked == [used["local"]]
@@ -261,13 +265,41 @@ async def test_nobody_overtakes_who_waits_though_there_is_room(store: Store) -> 
 async def test_only_the_first_in_the_queue_is_admitted_and_only_if_there_is_room(store: Store) -> None:
     await put(store, 1)
     first, second = await put(store, 2, phase=Phase.QUEUED), await put(store, 3, phase=Phase.QUEUED)
-    assert not await store.admit(second, unlimited, T + 9)
-    assert not await store.admit(first, room_for(1), T + 9)
-    assert await store.admit(first, room_for(2), T + 9)
+    assert await store.admit(second, unlimited, T + 9) == math.inf
+    assert await store.admit(first, room_for(1), T + 9) == math.inf
+    assert await store.admit(first, room_for(2), T + 9) == 0
     runner = await store.get(first.runner_id)
     assert runner == replace(admitted(first, T + 9), revision=runner.revision)
-    assert not await store.admit(first, unlimited, T + 9)
-    assert await store.admit(second, unlimited, T + 9)
+    assert await store.admit(first, unlimited, T + 9) == math.inf
+    assert await store.admit(second, unlimited, T + 9) == 0
+
+
+def begun(number: int, at: float, **facts: Any) -> Runner:  # noqa: ANN401 - the fields of Runner
+    """Make a runner that is to begin at once, at this time."""
+    return make(number, created_at=at, placed_at=at, **facts)
+
+
+async def test_a_rate_counts_what_began_by_the_records_and_says_when_the_next_may(store: Store) -> None:
+    two = Rate(2, 10)
+    await store.intend(intent(begun(1, T), rate=two))
+    await store.intend(intent(begun(2, T + 1), rate=two))
+    await store.intend(intent(begun(3, T + 2, pool_name="other"), rate=two))
+    with pytest.raises(PoolFull, match=r"begins no launch in the next 7\.0 s") as refused:
+        await store.intend(intent(begun(4, T + 3), rate=two))
+    assert refused.value.retry_after == 7
+    queued, _ = await store.intend(intent(begun(5, T + 3), rate=two, queue_limit=1))
+    assert (queued.phase, queued.placed_at) == (Phase.QUEUED, None)
+    assert await store.admit(queued, unlimited, T + 4, rate=two) == 6
+    assert await store.admit(queued, unlimited, T + 10, rate=two) == 0
+    with pytest.raises(PoolFull, match=r"in the next 0\.5 s"):
+        await store.intend(intent(begun(6, T + 10.5), rate=two))
+    await store.intend(intent(begun(7, T + 11), rate=two))
+
+
+async def test_a_clock_that_was_set_back_does_not_hold_up_launches(store: Store) -> None:
+    one = Rate(1, 10)
+    await store.intend(intent(begun(1, T + 3600), rate=one))
+    await store.intend(intent(begun(2, T), rate=one))
 
 
 # Idempotency keys.
@@ -715,7 +747,7 @@ MANY = 4000
 QUERIES: dict[str, Callable[[Store, Runner, Runner], Awaitable[object]]] = {
     "intend": lambda store, _, __: store.intend(intent(make(MANY + 9), key="k9", queue_limit=99)),
     "slot": lambda store, _, __: store.intend(intent(make(MANY + 8, slot_id="slot-x", slot_place=None), queue_limit=99)),
-    "admit": lambda store, _, queued: store.admit(queued, unlimited, T),
+    "admit": lambda store, _, queued: store.admit(queued, unlimited, T, rate=Rate(9, 1)),
     "change": lambda store, runner, _: store.change(runner, replace(runner, message="x"), "changed", T),
     "beat": lambda store, runner, _: store.beat(runner.runner_id, T),
     "forget": lambda store, runner, _: store.forget_spec(runner.runner_id),
@@ -888,6 +920,8 @@ async def test_labels_of_before_there_was_a_table_of_them_are_found(path: Path, 
         ):
             connection.execute(f"DROP TABLE {name}")
         connection.execute("DROP INDEX idempotency_keys_runner")
+        connection.execute("DROP INDEX runners_placed")
+        connection.execute("ALTER TABLE runners DROP COLUMN placed_at")
         connection.execute("ALTER TABLE runners DROP COLUMN log_kept_by")
         connection.execute("UPDATE alembic_version SET version_num = '0001'")
         connection.commit()

@@ -16,7 +16,7 @@ from app.models import CloudEvent, Problem, RunnerRecord, runner_record
 from app.runner import Runner
 from app.service import RunnerService
 
-API_VERSION = "0.3.0"
+API_VERSION = "0.4.0"
 """The version of the HTTP interface, apart from that of the program: whatever changes in the one raises it."""
 
 

@@ -72,6 +72,8 @@ def _record(state: EngineState) -> EngineRecord:
         answers=state.answers,
         answered_at=None if at is None else datetime.fromtimestamp(at, UTC),
         age_seconds=None if at is None else max(0.0, round(time.time() - at, 3)),
+        breaker="closed" if state.away_since is None else "open",
+        away_since=None if state.away_since is None else datetime.fromtimestamp(state.away_since, UTC),
         problem=state.problem,
         details=dict(state.details),
     )

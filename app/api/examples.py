@@ -103,6 +103,7 @@ POOL = PoolRecord(
     cpu_quota=1,
     memory_quota=512,
     queued=0,
+    launching=0,
 )
 NOTICE = CloudEvent(
     id=f"{_ID}-42",
@@ -173,6 +174,8 @@ ANSWERS: tuple[BaseModel, ...] = (
                 answers=True,
                 answered_at=_AT,
                 age_seconds=2.5,
+                breaker="closed",
+                away_since=None,
                 problem=None,
                 details={"version": "Linux 6.8.0 x86_64", "cpu_limits_by": "cgroup2"},
             )

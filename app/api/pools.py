@@ -48,4 +48,5 @@ def _record(state: PoolState) -> PoolRecord:
         cpu_quota=state.pool.cpu_quota,
         memory_quota=state.pool.memory_quota,
         queued=state.queued,
+        launching=state.usage.launching,
     )

@@ -62,7 +62,7 @@ PLAIN_CODES = {HTTPStatus.BAD_REQUEST: "unparsable", HTTPStatus.REQUEST_ENTITY_T
 """What the framework's refusals are called; others by their phrase, which must not change with the Python version."""
 
 OTHERS_SLOT = "the slot is held by a runner of another pool"
-RETRY_SECONDS = (1, 5)
+SPREAD_SECONDS = 5.0
 
 _BRACES = re.compile(r"\{\w+\}")
 
@@ -91,7 +91,8 @@ def answer(request: Request, error: RequestRefused) -> Response:
     if isinstance(error, NotAuthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, PoolFull | TooManyCalls | Unavailable):
-        headers["Retry-After"] = _retry_after(error.retry_after)
+        crowd = not isinstance(error, TooManyCalls)  # which is about one caller alone
+        headers["Retry-After"] = _retry_after(error.retry_after, SPREAD_SECONDS if crowd else 0)
     return _problem(
         request,
         status,
@@ -195,6 +196,6 @@ def _pointer(location: tuple[int | str, ...]) -> str:
     return "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in parts)
 
 
-def _retry_after(seconds: float | None) -> str:
-    """Spread those who were sent away over some seconds."""
-    return str(ceil(seconds or random.uniform(*RETRY_SECONDS)))  # noqa: S311 - spreads load
+def _retry_after(seconds: float | None, spread: float = SPREAD_SECONDS) -> str:
+    """Spread those who were sent away over some seconds, from the first at which asking again may help."""
+    return str(max(1, ceil((seconds or 0) + random.uniform(0, spread))))  # noqa: S311 - spreads load

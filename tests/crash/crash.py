@@ -357,6 +357,8 @@ async def dispatch(service: Service, launch: Launch, slot: Path) -> None:
                     answer = await client.post("/runners", json=body, headers={"Idempotency-Key": launch.task_id})
                     told = answer.json()
                     launch.runner_id = told.get("runner", told).get("runner_id")  # a launch that failed is a record, too
+                    if launch.runner_id is None:
+                        await asyncio.sleep(0.1)  # its engine is away
                     continue
                 ready = launch.stop_early or launch.record.get("phase") == "running"
                 if launch.stop and not stopped and ready:
