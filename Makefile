@@ -47,7 +47,7 @@ replicas: .venv/ready ## kill two replicas in turn with launches in flight: DATA
 faults: .venv/ready ## faults of engines, machine and database, also those that take minutes, and one table of them
 	$(BIN)/python -m pytest -m "slow or fault" --timeout 900 $(PYTEST_ARGS)
 
-bench: .venv/ready ## figures beside bare engines, of all that this machine has; BENCH_ARGS=--short for a first look
+bench: .venv/ready ## figures beside bare engines, of all that this machine has; BENCH_ARGS=--short only to see that they work
 	$(BIN)/python tests/bench/bench.py $(BENCH_ARGS)
 
 openapi: .venv/ready ## write openapi/ anew from the app

@@ -713,10 +713,12 @@ def _whole() -> sa.Select[Any]:
 
 _OF_ID = runners.c.runner_id == sa.bindparam("id")
 _OF_POOL = runners.c.pool_name == sa.bindparam("pool")
-_IN_SLOT = sa.or_(runners.c.slot_id == sa.bindparam("slot"), runners.c.slot_place == sa.bindparam("place"))
 _BY_ID = _whole().where(_OF_ID)
 _CURRENT = sa.select(runners.c.revision, runners.c.last_heartbeat).where(_OF_ID)
-_HOLDER = _whole().where(_IN_SLOT, LIVE).limit(1)
+_HOLDER = sa.union_all(  # with OR SQLite would look through all live runners
+    _whole().where(runners.c.slot_id == sa.bindparam("slot"), LIVE),
+    _whole().where(runners.c.slot_place == sa.bindparam("place"), LIVE),
+).limit(1)
 _POOL_USAGE = _usage().where(_OF_POOL)
 _COUNT = sa.select(sa.func.count()).where(LIVE, _OF_POOL, runners.c.phase == sa.bindparam("placed"))
 _QUEUED = sa.select(runners.c.runner_id).where(LIVE, _OF_POOL, runners.c.phase == Phase.QUEUED).order_by(runners.c.seq)

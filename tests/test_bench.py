@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from kubernetes_world import cluster_session
 
+pytestmark = pytest.mark.timeout(600)  # it is seconds for each, where nothing else runs
 SCRIPT = Path(__file__).parent / "bench" / "bench.py"
 
 

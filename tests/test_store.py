@@ -805,6 +805,17 @@ async def test_no_query_reads_through_the_runners_of_the_past(store: Store, path
     assert asked
 
 
+@on_sqlite
+async def test_whether_a_slot_is_free_is_found_without_a_look_at_the_other_live_runners(store: Store, path: Path) -> None:
+    await asyncio.gather(*(add(store, number) for number in range(1, 301)))
+    asked = watch_sql(store)
+    await store.check_slot(make(999))
+    [(statement, parameters)] = asked
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        count_steps(connection, "SELECT 1 FROM runners WHERE seq = 0", ())  # reads the schema
+        assert count_steps(connection, statement, parameters) < 300
+
+
 def named_by_the_database(store: Store, runner: Runner) -> Awaitable[Runner]:
     store._recent.drop(runner.runner_id)
     return store.named(runner.runner_id)
