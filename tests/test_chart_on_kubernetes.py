@@ -278,9 +278,11 @@ async def test_two_replicas_do_their_job_in_a_cluster_with_the_minimal_role(
 async def test_a_rolling_update_under_load_loses_no_runner(owner: World, repository: str, postgres: str) -> None:
     if not shutil.which("kubectl"):
         missing("kubernetes", "pods are reached from here by kubectl, which is not installed")
-    async with installed(owner, repository, SHORT_OR_UNTIL_TOLD, postgres) as here:
+    async with installed(owner, repository, SHORT_OR_UNTIL_TOLD, postgres) as here, AsyncExitStack() as stack:
         before = set(await serving(here.launchers))
         dispatchers = [Dispatcher(here.launchers) for _ in range(2)]
+        for each in dispatchers:
+            stack.push_async_callback(each.leave)
         long = await dispatchers[0].launch(0, "Stay")
         number = count(1)
         async with asyncio.TaskGroup() as load:
@@ -306,9 +308,6 @@ async def test_a_rolling_update_under_load_loses_no_runner(owner: World, reposit
         for runner_id in known:
             events = (await asking.ask("GET", f"/runners/{runner_id}/events")).json()["items"]
             assert [event["to"] for event in events].count("finished") == 1, events
-        for each in dispatchers:
-            await each.leave()
-
         await until(lambda: _nothing_left(here.agents), 60)
         assert await _pods_made(here.agents) == Counter(record["job_name"] for record in records)
 
