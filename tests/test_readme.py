@@ -135,7 +135,7 @@ def copy(tmp_path: Path) -> Copy:
     if not ready.exists():
         missing("clone", "the commands run what `make .venv/ready` installs")
     for name in ("requirements-dev.txt", "pyproject.toml", "client/pyproject.toml"):  # edited since, maybe
-        os.utime(tmp_path / "project" / name, (ready.stat().st_mtime,) * 2)
+        os.utime(tmp_path / "project" / name, ns=(ready.stat().st_mtime_ns,) * 2)
     (tmp_path / "project" / ".venv").symlink_to(PROJECT / ".venv")
     made = Copy(tmp_path / "project")
     made.replace("seconds_per_step: 1", "seconds_per_step: 0.7", "examples/pools.yaml")
