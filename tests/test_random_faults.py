@@ -216,9 +216,13 @@ async def test_every_counter_is_what_the_records_say_after_every_fault(house: Ho
     random.seed(seed)  # for the service's own jitter
     house.pools = dict(POOLS)
     history = History(house, seed)
-    for _ in range(faults):
-        await history.befall()
-    accepted = await history.end(verdict)
-    assert history.faults.total() == faults
-    assert accepted > faults / 3
-    assert history.refused > faults / 30
+    try:
+        for _ in range(faults):
+            await history.befall()
+        accepted = await history.end(verdict)
+        assert history.faults.total() == faults
+        assert accepted > faults / 3
+        assert history.refused > faults / 30
+    except Exception as error:
+        error.add_note(f"SEED={seed} repeats it")
+        raise
