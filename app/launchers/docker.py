@@ -392,7 +392,7 @@ class DockerLauncher:
                 return False
             case "destroy" | "remove":
                 self._forget(container_id)
-            case _ if container_id in self._undisturbed and actor["Attributes"].get("exitCode") == "0":
+            case "die" if container_id in self._undisturbed and actor["Attributes"].get("exitCode") == "0":
                 self._undisturbed.discard(container_id)
                 self._ends.setdefault(container_id, Exited(Exit(code=0, stopped=False, finished_at=at)))
         return True
