@@ -197,7 +197,8 @@ class Spool:
     async def keep(self, launcher: Launcher, handle: Handle) -> bool:
         """Make a runner's whole output safe before its engine forgets it; again is no harm. Raises LauncherUnavailable.
 
-        Says whether reading it showed that some of it is missing.
+        Says whether reading it showed that some of it is missing. What was kept before, by a service that was killed right
+        after, is kept where the engine has less of it by now.
         """
         kept = self.file(handle.runner_id).path
         if source := launcher.log_file(handle):
@@ -214,6 +215,9 @@ class Spool:
             finally:
                 await asyncio.to_thread(file.close)
         except RunnerGone:
+            await asyncio.to_thread(fresh.unlink)
+            return False
+        if gaps and size < await asyncio.to_thread(_size, kept):
             await asyncio.to_thread(fresh.unlink)
             return False
         spacing.end(size)
@@ -312,6 +316,13 @@ async def _pieces(lines: AsyncIterator[LogLine], spacing: Spacing) -> AsyncItera
             gaps = 0
     if piece:
         yield bytes(piece), gaps
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _link(source: LogFile, kept: LogFile) -> None:

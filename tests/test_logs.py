@@ -477,6 +477,26 @@ async def test_keeping_again_after_the_engine_forgot_it_keeps_what_is_kept(
     assert {file.name for file in (tmp_path / "logs").iterdir()} == {"runner-1.log", "runner-1.log.times"}
 
 
+async def test_keeping_again_what_the_engine_has_lost_by_now_keeps_what_is_kept(
+    world: FakeWorld, engine: FakeLauncher, spool: Spool, tmp_path: Path
+) -> None:
+    class Loses(FakeLauncher):
+        @override
+        async def logs(
+            self, handle: Handle, *, after: str | None = None, since: float | None = None, follow: bool = False
+        ) -> AsyncIterator[LogLine]:
+            yield LogLine("lost", b"[lost]", gap=True)
+
+    assert await spool.keep(Loses(world), HANDLE)
+    assert await output(spool, engine) == b"[lost]\n"
+    start(world, "print=one, and more of it", "print=two", "exit=0")
+    assert not await spool.keep(engine, HANDLE)
+    await engine.remove(HANDLE)
+    assert not await spool.keep(Loses(world), HANDLE)
+    assert await output(spool, engine) == b"one, and more of it\ntwo\n"
+    assert {file.name for file in (tmp_path / "logs").iterdir()} == {"runner-1.log", "runner-1.log.times"}
+
+
 async def test_a_log_that_cannot_be_read_now_is_not_taken_for_an_empty_one(
     world: FakeWorld, engine: FakeLauncher, spool: Spool
 ) -> None:

@@ -166,7 +166,7 @@ class KubernetesLauncher:
                             yield line
                             after = line.cursor  # it may be the first, before which not all was read
                 elif ended and after != LOST:
-                    yield LogLine(LOST, b"[the log is lost: its pod was deleted]")
+                    yield LogLine(LOST, b"[the log is lost: its pod was deleted]", gap=True)
             except LauncherUnavailable:
                 if not self._closed:
                     raise

@@ -91,7 +91,7 @@ class LogReader:
         if rest:
             yield from self._line(rest)
         if self._complained and self.cursor is None:
-            yield LogLine(LOST, _NOTHING_LEFT)
+            yield LogLine(LOST, _NOTHING_LEFT, gap=True)
         if self._after and self._skip:  # fewer lines than were had: they were rotated away
             yield from self._resume_by_time()
 
