@@ -69,7 +69,7 @@ class Engines:
 
     def states(self) -> list[EngineState]:
         """Give every engine as it was last heard of, by name."""
-        answering = self._reconciler.engines()
+        answering = self._reconciler.answering()
         states = []
         for name in self._names():
             said = self._said.get(name, _Said())
@@ -79,7 +79,7 @@ class Engines:
                 EngineState(
                     name=name,
                     pools=tuple(pool.name for pool in self._pools().values() if pool.engine == name),
-                    answers=said.problem is None and answering.get(name, False) and not breaker.open,
+                    answers=said.problem is None and answering.get(name, False),
                     answered_at=max(times, default=None),
                     hinted_at=self._reconciler.hinted_at(name),
                     away_since=breaker.away_since,

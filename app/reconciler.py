@@ -185,6 +185,10 @@ class Reconciler:
         limit = self._now() - STALE_SECONDS
         return {name: (engine.answered_at or engine.opened_at) >= limit for name, engine in self._engines.items()}
 
+    def answering(self) -> dict[str, bool]:
+        """Say of every engine in use whether it is there: it has answered lately, and launches for it are taken."""
+        return {name: lately and not self.breaker(name).open for name, lately in self.engines().items()}
+
     async def _engine(self, name: str) -> _Engine:
         async with self._opening:
             if name not in self._engines:

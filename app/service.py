@@ -383,8 +383,7 @@ class RunnerService:
 
     def engines(self) -> dict[str, bool]:
         """Say of every engine in use whether it answers."""
-        lately = self._reconciler.engines()
-        return {name: answers and not self._reconciler.breaker(name).open for name, answers in lately.items()}
+        return self._reconciler.answering()
 
     async def logs(
         self, runner: Runner, *, tail: int | None, follow: bool, since: float | None = None
