@@ -17,13 +17,17 @@ import signal
 import statistics
 import sys
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bare import Bare, obey, spec_of
 from figures import Json, Report, Round, bench, compared, drive, in_turns, part, table_of_sides
 from served import Service, private_kib
+from typing_extensions import override
 
 from app.launchers import cgroup
 from app.launchers.local_process import LocalProcessLauncher
@@ -41,22 +45,12 @@ POOLS = {
 # The bare clients.
 
 
-class Shims:
-    """Starts shims as the launcher does, and does nothing else: no store, no watch, no record."""
+class Side(ABC):
+    """Launches so many with so many at once, and waits until all have ended."""
 
     def __init__(self, home: Path) -> None:
         self._slots = home / "slots"
-        self._runs = home / "bare"
-        self._runs.mkdir(exist_ok=True)
-        self._ending: set[asyncio.Task[None]] = set()
-        pattern = self._runs / "pattern"
-        spec = spec_of(pattern.name, self._slots / "slot-0", ("true",))
-        self._spec = replace(spec, environment={**spec.environment, "PATH": os.environ["PATH"]})
-        prepared = LocalProcessLauncher(self._runs)._prepare(RunDirectory(pattern), self._spec)
-        assert prepared
-        prepared[0].close()
-        self._pattern, self._command, self._environment = str(pattern), prepared[1], prepared[2]
-        RunDirectory(pattern).remove()
+        self._ending: set[asyncio.Task[Any]] = set()
 
     async def drive(self, launches: int, at_once: int) -> Round:
         began = time.perf_counter()
@@ -66,6 +60,32 @@ class Shims:
         done.gone = time.perf_counter() - began
         return done
 
+    @abstractmethod
+    async def _launch(self, number: int) -> None: ...
+
+    def _ends_by(self, end: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.create_task(end)
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+
+class Shims(Side):
+    """Starts shims as the launcher does, and does nothing else: no store, no watch, no record."""
+
+    def __init__(self, home: Path) -> None:
+        super().__init__(home)
+        self._runs = home / "bare"
+        self._runs.mkdir(exist_ok=True)
+        pattern = self._runs / "pattern"
+        spec = spec_of(pattern.name, self._slots / "slot-0", ("true",))
+        self._spec = replace(spec, environment={**spec.environment, "PATH": os.environ["PATH"]})
+        prepared = LocalProcessLauncher(self._runs)._prepare(RunDirectory(pattern), self._spec)
+        assert prepared
+        prepared[0].close()
+        self._pattern, self._command, self._environment = str(pattern), prepared[1], prepared[2]
+        RunDirectory(pattern).remove()
+
+    @override
     async def _launch(self, number: int) -> None:
         place = self._runs / f"runner-{secrets.token_hex(6)}"
         place.mkdir()
@@ -90,9 +110,7 @@ class Shims:
             raise SystemExit(f"a shim did not start: {(place / 'log').read_text()}")
         os.close(ready)
         await shim.wait()
-        task = asyncio.create_task(self._end(place, group))
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+        self._ends_by(self._end(place, group))
 
     async def _end(self, place: Path, group: cgroup.Group) -> None:
         """Wait until a shim has ended, which its fifo tells, and remove what was made for it."""
@@ -109,28 +127,15 @@ class Shims:
         shutil.rmtree(place)
 
 
-class Commands:
+class Commands(Side):
     """Starts the command, and waits for it."""
 
-    def __init__(self, home: Path) -> None:
-        self._slots = home / "slots"
-        self._ending: set[asyncio.Task[int]] = set()
-
-    async def drive(self, launches: int, at_once: int) -> Round:
-        began = time.perf_counter()
-        done = await drive(launches, at_once, self._launch)
-        while self._ending:
-            await asyncio.wait(self._ending)
-        done.gone = time.perf_counter() - began
-        return done
-
+    @override
     async def _launch(self, number: int) -> None:
         nothing = asyncio.subprocess.DEVNULL
         slot = self._slots / f"slot-{number}"
         process = await asyncio.create_subprocess_exec(*COMMANDS["at-once"], stdin=nothing, stdout=nothing, cwd=slot)
-        task = asyncio.create_task(process.wait())
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+        self._ends_by(process.wait())
 
 
 async def readable(fd: int) -> None:
