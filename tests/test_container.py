@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import JsonValue
 
 from app.errors import LaunchRejected
-from app.launcher import Enforcement, LaunchSpec
+from app.launcher import Enforcement, Exit, LaunchSpec
 from app.launchers.container import (
     CONTEXT_FILE,
     INSTALLATION,
@@ -26,6 +26,7 @@ from app.launchers.container import (
     context_archive,
     engines_path,
     exit_of,
+    exit_told,
     handle_of,
     identity_of,
     log_may_be_cut,
@@ -327,6 +328,27 @@ def test_a_container_that_ended_before_it_began_has_the_engines_time_all_the_sam
     early = state(0, FinishedAt="2026-11-23T11:30:00.504345678Z")
     end = exit_of(early, last_line=b"", oom_event=False)
     assert end.finished_at == pytest.approx(1795433400.504345)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"), [(0, None), (3, None), (143, "exited with code 143, as a program does that SIGTERM ends")]
+)
+@pytest.mark.parametrize("oom", [False, True])
+def test_the_die_event_tells_the_end_of_whom_nobody_signalled(code: int, message: str | None, *, oom: bool) -> None:
+    end = exit_told({"exitCode": str(code)}, 5.5, oom_event=oom)
+    oom_killed = oom and code != 0
+    told = None if oom_killed else message
+    assert end == Exit(code=code, stopped=False, finished_at=5.5, oom_killed=oom_killed, message=told)
+
+
+@pytest.mark.parametrize("code", ["126", "127", "137", "", "-1"])
+def test_the_die_event_is_not_believed_where_more_may_be_known(code: str) -> None:
+    assert exit_told({"exitCode": code}, 5.5, oom_event=False) is None
+
+
+def test_podmans_die_event_is_not_believed() -> None:
+    assert exit_told({"containerExitCode": "3", "exitCode": "3"}, 5.5, oom_event=False) is None
+    assert exit_told({"containerExitCode": "3"}, 5.5, oom_event=False) is None
 
 
 @pytest.mark.parametrize("zero", ["0001-01-01T00:00:00Z", "", None])

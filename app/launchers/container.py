@@ -10,7 +10,7 @@ import re
 import signal
 import tarfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -43,6 +43,8 @@ _DEFAULT_RUNTIMES = ("", "runc", "crun", "io.containerd.runc.v2")
 
 NO_COMMAND = (126, 127)
 """What the init process ends with when there is no command that it could become."""
+
+_KILLED = 128 + signal.SIGKILL
 
 _INIT_SAYS = re.compile(rb"\[FATAL tini \(\d+\)\] (exec .+ failed: .+)")
 
@@ -276,6 +278,18 @@ def exit_of(state: Mapping[str, Any], *, last_line: bytes, oom_event: bool) -> E
         message=None if oom_killed else message,
         finished_at=seconds(state.get("FinishedAt")),
     )
+
+
+def exit_told(attributes: Mapping[str, str], at: float, *, oom_event: bool) -> Exit | None:
+    """Read the die event, at ``at``, of a container that nobody signalled; None if it does not tell all of the end.
+
+    The oom event comes before the die event of whoever failed for it, but may come just after that of whom it was itself
+    the end; Podman sends none, and names its code twice.
+    """
+    code = attributes.get("exitCode", "")
+    if not code.isdecimal() or int(code) in (*NO_COMMAND, _KILLED) or "containerExitCode" in attributes:
+        return None
+    return replace(exit_of({"ExitCode": code}, last_line=b"", oom_event=oom_event), stopped=False, finished_at=at)
 
 
 def seconds(timestamp: str | None) -> float | None:

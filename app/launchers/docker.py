@@ -24,7 +24,7 @@ from aiodocker.exceptions import DockerError
 from pydantic import JsonValue
 
 from app.errors import LauncherUnavailable, LaunchRejected, RunnerGone
-from app.launcher import Exit, Exited, Found, Gone, Handle, LaunchSpec, LogLine, Observation, Running, Starting
+from app.launcher import Exited, Found, Gone, Handle, LaunchSpec, LogLine, Observation, Running, Starting
 from app.launchers import registry
 from app.launchers.container import (
     INSTALLATION,
@@ -35,6 +35,7 @@ from app.launchers.container import (
     container_config,
     context_archive,
     exit_of,
+    exit_told,
     handle_of,
     identity_of,
     log_may_be_cut,
@@ -344,9 +345,9 @@ class DockerLauncher:
     async def watch(self) -> AsyncIterator[str]:
         """Yield whoever ends, by the engine's events; after every pause also those who ended or vanished in it.
 
-        Whoever began and ended before these eyes with 0, and nobody signalled it, has told its end with that: there is
-        nothing to ask, and the engine answers nothing of it before it has taken the network down. Of any other end only
-        the engine's record tells the time, as against our stop, and the reason.
+        Whoever began and ended before these eyes, and nobody signalled it, has mostly told its end with that: then there is
+        nothing to ask, and the engine answers nothing of it before it has taken the network down. Of who was signalled only
+        the engine's record tells the time, as against our stop.
         """
         last = int((time.time() - HISTORY_SECONDS) * 1e9)
         live: set[str] = set()
@@ -392,9 +393,10 @@ class DockerLauncher:
                 return False
             case "destroy" | "remove":
                 self._forget(container_id)
-            case "die" if container_id in self._undisturbed and actor["Attributes"].get("exitCode") == "0":
+            case "die" if container_id in self._undisturbed:
                 self._undisturbed.discard(container_id)
-                self._ends.setdefault(container_id, Exited(Exit(code=0, stopped=False, finished_at=at)))
+                if end := exit_told(actor["Attributes"], at, oom_event=container_id in self._oomed):
+                    self._ends.setdefault(container_id, Exited(end))
         return True
 
     # Stop and remove.

@@ -6,7 +6,8 @@ Launches: the service over HTTP, and in turn with it a bare aiodocker client in 
 calls with the same configuration: create, context, start, and remove when the container has ended. A launch takes until the
 answer says that it has started; a round takes until its last container is removed, as the engine's own events tell.
 Ends: from the engine's die event to a client's receipt of the end, by long-poll; beside it, to the answer of a bare client
-that looks at the container as soon as it hears that event. Nothing here fails on a slow machine.
+that looks at the container as soon as it hears that event. Programs end with 0, and with 3. Nothing here fails on a slow
+machine.
 """
 
 import argparse
@@ -159,8 +160,8 @@ async def ends(service: Service, events: Events, name: str, options: argparse.Na
     async with client_of_engine() as docker, service.client() as client:
         engine = Engine.told(await docker.system.info())
 
-        async def ours(number: int) -> tuple[str, float]:
-            record, received = await service.until_end(client, await service.launch(client, "later", number))
+        async def ours(pool: str, number: int) -> tuple[str, float]:
+            record, received = await service.until_end(client, await service.launch(client, pool, number))
             return record["runner_id"], received
 
         async def bare(number: int) -> tuple[str, float]:
@@ -172,8 +173,9 @@ async def ends(service: Service, events: Events, name: str, options: argparse.Na
             await container.delete(force=True, v=True)
             return runner_id, looked
 
+        sides = {"service, of 0": partial(ours, "later"), "service, of 3": partial(ours, "failing"), "bare look": bare}
         for at_once in ENDS_AT_ONCE:
-            for side, end in (("service", ours), ("bare look", bare)):
+            for side, end in sides.items():
                 took = await delays(end, at_once, events, options.ends)
                 figures[f"{side}, {at_once} at once"] = {"p50_ms": part(took, 0.5), "p99_ms": part(took, 0.99)}
     report.figures["ends"] = figures
@@ -215,7 +217,7 @@ async def measure(home: Path, options: argparse.Namespace, report: Report) -> No
     name = f"bench-{secrets.token_hex(4)}"
     names = name, f"{name}-bare"
     config = {"image": IMAGE, "docker_host": ENGINE}
-    commands = {"at-once": ["true"], "later": ["sleep", "0.5"]}
+    commands = {"at-once": ["true"], "later": ["sleep", "0.5"], "failing": ["sh", "-c", "sleep 0.5; exit 3"]}
     pools = {
         pool: {"type": "docker", "max_concurrency": 1000, "config": {**config, "command": command}}
         for pool, command in commands.items()
