@@ -173,7 +173,11 @@ async def ends(service: Service, events: Events, name: str, options: argparse.Na
             await container.delete(force=True, v=True)
             return runner_id, looked
 
-        sides = {"service, of 0": partial(ours, "later"), "service, of 3": partial(ours, "failing"), "bare look": bare}
+        sides: dict[str, Callable[[int], Awaitable[tuple[str, float]]]] = {
+            "service, of 0": partial(ours, "later"),
+            "service, of 3": partial(ours, "failing"),
+            "bare look": bare,
+        }
         for at_once in ENDS_AT_ONCE:
             for side, end in sides.items():
                 took = await delays(end, at_once, events, options.ends)
