@@ -304,7 +304,7 @@ class Reconciler:
             await asyncio.sleep(held.pause)
         else:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RESYNC_SECONDS):  # Python 3.11's wait_for may swallow a cancellation
+                async with asyncio.timeout(RESYNC_SECONDS):
                     await engine.doubted.wait()
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):

@@ -118,7 +118,8 @@ class Cluster:
                         await _heard(socket)
                     finally:
                         with contextlib.suppress(TimeoutError, aiohttp.ClientError):
-                            await asyncio.wait_for(socket.close(), 1)
+                            async with asyncio.timeout(1):
+                                await socket.close()
         except aiohttp.WSServerHandshakeError as error:
             if error.status == _UNAUTHORIZED:
                 await self._client(renew=True)

@@ -628,7 +628,8 @@ def _now() -> str:
 async def _briefly(news: asyncio.Event) -> None:
     """Wait for a log that is read, though not for ever: a node may have gone with it."""
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(news.wait(), KEEP_SECONDS)
+        async with asyncio.timeout(KEEP_SECONDS):
+            await news.wait()
 
 
 async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:

@@ -290,7 +290,8 @@ async def _start_shim(command: Sequence[str], environment: Mapping[str, str], di
             )
         finally:
             os.close(told)
-        await asyncio.wait_for(_readable(ready), _START_SECONDS)
+        async with asyncio.timeout(_START_SECONDS):
+            await _readable(ready)
         await shim.wait()
     except TimeoutError as error:
         raise LauncherUnavailable(f"the shim said nothing for {_START_SECONDS:g} s") from error

@@ -5,6 +5,7 @@ a list when the API has forgotten that place. While there is trouble the copy is
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import random
@@ -74,7 +75,8 @@ class Reflector(Generic[T]):
             self._outcome.clear()
             self._poke.set()
             try:
-                await asyncio.wait_for(self._outcome.wait(), SYNC_SECONDS)
+                async with asyncio.timeout(SYNC_SECONDS):
+                    await self._outcome.wait()
             except TimeoutError as error:
                 raise LauncherUnavailable(f"{self._path} could not be listed in {SYNC_SECONDS:g} s") from error
             if self._trouble:
@@ -132,10 +134,9 @@ class Reflector(Generic[T]):
         if self._trouble and self._trouble.retry_after:
             pause = max(pause, self._trouble.retry_after)
         self._poke.clear()
-        try:
-            await asyncio.wait_for(self._poke.wait(), pause)
-        except TimeoutError:
-            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await self._poke.wait()
 
     async def _list(self) -> str:
         """Read all pages, and give the version that they show."""
