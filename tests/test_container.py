@@ -330,20 +330,31 @@ def test_a_container_that_ended_before_it_began_has_the_engines_time_all_the_sam
     assert end.finished_at == pytest.approx(1795433400.504345)
 
 
+HANDLE = "runner-launcher.handle"
+LIMITED, FREE = ({HANDLE: json.dumps({"enforced_by": {"memory_mib": held}})} for held in ("engine", "none"))
+
+
 @pytest.mark.parametrize(
     ("code", "message"), [(0, None), (3, None), (143, "exited with code 143, as a program does that SIGTERM ends")]
 )
-@pytest.mark.parametrize("oom", [False, True])
-def test_the_die_event_tells_the_end_of_whom_nobody_signalled(code: int, message: str | None, *, oom: bool) -> None:
-    end = exit_told({"exitCode": str(code)}, 5.5, oom_event=oom)
-    oom_killed = oom and code != 0
-    told = None if oom_killed else message
-    assert end == Exit(code=code, stopped=False, finished_at=5.5, oom_killed=oom_killed, message=told)
+def test_the_die_event_tells_the_end_of_whom_nobody_signalled(code: int, message: str | None) -> None:
+    for labels in ({}, FREE):
+        end = exit_told({"exitCode": str(code), **labels}, 5.5, oom_event=False)
+        assert end == Exit(code=code, stopped=False, finished_at=5.5, message=message)
 
 
-@pytest.mark.parametrize("code", ["126", "127", "137", "", "-1"])
+def test_a_success_is_one_whatever_ran_out_meanwhile() -> None:
+    assert exit_told({"exitCode": "0", **LIMITED}, 5.5, oom_event=True) == Exit(code=0, stopped=False, finished_at=5.5)
+
+
+@pytest.mark.parametrize("code", ["126", "127", "", "-1"])
 def test_the_die_event_is_not_believed_where_more_may_be_known(code: str) -> None:
     assert exit_told({"exitCode": code}, 5.5, oom_event=False) is None
+
+
+def test_a_failure_that_may_come_of_a_lack_of_memory_is_looked_up() -> None:
+    assert exit_told({"exitCode": "3", **LIMITED}, 5.5, oom_event=False) is None
+    assert exit_told({"exitCode": "3", **FREE}, 5.5, oom_event=True) is None
 
 
 def test_podmans_die_event_is_not_believed() -> None:

@@ -44,8 +44,6 @@ _DEFAULT_RUNTIMES = ("", "runc", "crun", "io.containerd.runc.v2")
 NO_COMMAND = (126, 127)
 """What the init process ends with when there is no command that it could become."""
 
-_KILLED = 128 + signal.SIGKILL
-
 _INIT_SAYS = re.compile(rb"\[FATAL tini \(\d+\)\] (exec .+ failed: .+)")
 
 Json = dict[str, Any]
@@ -283,13 +281,16 @@ def exit_of(state: Mapping[str, Any], *, last_line: bytes, oom_event: bool) -> E
 def exit_told(attributes: Mapping[str, str], at: float, *, oom_event: bool) -> Exit | None:
     """Read the die event, at ``at``, of a container that nobody signalled; None if it does not tell all of the end.
 
-    The oom event comes before the die event of whoever failed for it, but may come just after that of whom it was itself
-    the end; Podman sends none, and names its code twice.
+    Where the engine holds the memory, a failure may come of a lack of it, which is announced before the death or just after;
+    Podman announces none, and names the code twice.
     """
     code = attributes.get("exitCode", "")
-    if not code.isdecimal() or int(code) in (*NO_COMMAND, _KILLED) or "containerExitCode" in attributes:
+    if not code.isdecimal() or int(code) in NO_COMMAND or "containerExitCode" in attributes:
         return None
-    return replace(exit_of({"ExitCode": code}, last_line=b"", oom_event=oom_event), stopped=False, finished_at=at)
+    limited = json.loads(attributes.get(_TOLD, "{}")).get("enforced_by", {}).get("memory_mib", "none") != "none"
+    if int(code) and (limited or oom_event):
+        return None
+    return replace(exit_of({"ExitCode": code}, last_line=b"", oom_event=False), stopped=False, finished_at=at)
 
 
 def seconds(timestamp: str | None) -> float | None:

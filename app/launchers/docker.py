@@ -46,6 +46,9 @@ from app.reason import Reason
 
 CALL_SECONDS = 60.0
 CONNECT_SECONDS = 5.0
+CALL = aiohttp.ClientTimeout(total=CALL_SECONDS, sock_connect=CONNECT_SECONDS)
+"""Kill and delete must be given it: aiodocker lets these two wait for ever."""
+
 IDLE_SECONDS = 60.0
 """After so much silence a stream is opened anew: a dead connection looks like an engine with nothing to say."""
 
@@ -406,11 +409,18 @@ class DockerLauncher:
         container_id = await self._container_id(handle)
         if container_id is None or (grace > 0 and container_id in self._asked):
             return
+        undisturbed = container_id in self._undisturbed
         self._undisturbed.discard(container_id)
         try:
             with self._asking(f"stopping {handle.runner_id}", passes=(_NOT_FOUND, _CONFLICT)):
-                await self._docker.containers.container(container_id).kill(signal="SIGKILL" if grace <= 0 else "SIGTERM")
+                await self._docker.containers.container(container_id).kill(
+                    signal="SIGKILL" if grace <= 0 else "SIGTERM", timeout=CALL
+                )
             self._asked.add(container_id)
+        except LauncherUnavailable as error:
+            if undisturbed and not error.acted:
+                self._undisturbed.add(container_id)
+            raise
         except DockerError as error:
             if error.status == _NOT_FOUND or grace > 0:
                 return
@@ -440,13 +450,16 @@ class DockerLauncher:
     async def _delete(self, container_id: str) -> None:
         """Remove a container, killing it if need be, and wait until it is gone."""
         container = self._docker.containers.container(container_id)
+        deadline = time.monotonic() + CALL_SECONDS
         while True:
             try:
                 with self._asking("removing the container", passes=(_NOT_FOUND, _CONFLICT)):
-                    await container.delete(force=True, v=True)
+                    await container.delete(force=True, v=True, timeout=CALL)
             except DockerError as error:
                 if error.status == _NOT_FOUND:
                     return
+                if time.monotonic() > deadline:
+                    raise LauncherUnavailable(f"removing the container: {error.message}") from error
                 await asyncio.sleep(BACKOFF_SECONDS[0])  # somebody else is at it
             else:
                 return
@@ -673,8 +686,7 @@ class DockerLauncher:
         if self._closed.is_set():
             raise LauncherUnavailable("this launcher is closed", acted=False)
         if self._clients is None:
-            calls = aiohttp.ClientTimeout(total=CALL_SECONDS, sock_connect=CONNECT_SECONDS)
-            self._clients = self._client(calls), self._client(aiohttp.ClientTimeout(sock_connect=CONNECT_SECONDS))
+            self._clients = self._client(CALL), self._client(aiohttp.ClientTimeout(sock_connect=CONNECT_SECONDS))
         return self._clients
 
     def _client(self, timeout: aiohttp.ClientTimeout) -> Docker:
