@@ -11,6 +11,7 @@ import contextlib
 import logging
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, assert_never
@@ -50,7 +51,7 @@ from app.work_queue import WorkQueue
 log = logging.getLogger(__name__)
 
 LAUNCHES = 64
-"""How many launches are asked of one engine at once; the others wait, and hold up nothing but themselves."""
+"""How many launches of one pool are asked of its engine at once: those that wait for a slow image hold up no other pool."""
 
 RESYNC_SECONDS = 10.0
 STALE_SECONDS = 3 * RESYNC_SECONDS
@@ -81,7 +82,7 @@ class _Engine:
     doubted: asyncio.Event = field(default_factory=asyncio.Event)
     sweeping: asyncio.Lock = field(default_factory=asyncio.Lock)
     loops: tuple[asyncio.Task[None], ...] = ()
-    launches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(LAUNCHES))
+    launches: dict[str, asyncio.Semaphore] = field(default_factory=lambda: defaultdict(lambda: asyncio.Semaphore(LAUNCHES)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class Reconciler:
         self._failures: dict[str, int] = {}
         self._opening = asyncio.Lock()
         self._swept = asyncio.Event()
-        self._cut_short: set[str] = set()
+        self._begun: set[str] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._working: set[asyncio.Task[None]] = set()
         feed.listen(self._changed)
@@ -134,6 +135,7 @@ class Reconciler:
         engine that does not answer holds this up for a moment only.
         """
         for runner_id in await self._store.unclean():
+            self._begun.add(runner_id)
             self._queue.add(runner_id)
         loops = [self._forever(step) for step in (self._hand_out, self._sweep)]
         self._tasks = [asyncio.create_task(loop, name=f"reconciler {number}") for number, loop in enumerate(loops)]
@@ -349,21 +351,28 @@ class Reconciler:
 
     async def _settle(self, name: str, launcher: Launcher) -> list[Stray]:
         strays = await self.strays(name)
-        for stray in strays:
-            found, runner_id = stray.found, stray.found.handle.runner_id
-            if stray.fate == "remove":
-                log.warning("%s: %s is %s; removing what is left of it", name, runner_id, stray.why)
-                await launcher.remove(found.handle)
-            elif stray.fate == "adopt":
+        for stray in sorted(strays, key=lambda stray: stray.fate):  # who lives first: its slot must not be given away
+            if stray.fate == "adopt":
+                await self._adopt(name, stray.found)
+            elif stray.fate == "remove":
+                handle = stray.found.handle
+                log.warning("%s: %s is %s; removing what is left of it", name, handle.runner_id, stray.why)
                 try:
-                    runner = adopted(found.labels, found.handle, name, found.created_at)
-                    runner = replace(runner, home=self._ownership.home(name))
-                    await self._store.adopt(runner, self._now(), self._ownership.fence(runner))
-                except (KeyError, TypeError, ValueError, SlotBusy) as error:
-                    log.error("%s: %s lives without a record and cannot be adopted: %r", name, runner_id, error)  # noqa: TRY400
-                else:
-                    log.warning("%s: %s lived without a record, and was adopted", name, runner_id)
+                    await launcher.remove(handle)
+                except LauncherUnavailable as error:
+                    log.warning("%s: %s cannot be removed now: %s", name, handle.runner_id, error)
         return strays
+
+    async def _adopt(self, name: str, found: Found) -> None:
+        runner_id = found.handle.runner_id
+        try:
+            runner = adopted(found.labels, found.handle, name, found.created_at)
+            runner = replace(runner, home=self._ownership.home(name))
+            await self._store.adopt(runner, self._now(), self._ownership.fence(runner))
+        except (KeyError, TypeError, ValueError, SlotBusy) as error:
+            log.error("%s: %s lives without a record and cannot be adopted: %r", name, runner_id, error)  # noqa: TRY400
+        else:
+            log.warning("%s: %s lived without a record, and was adopted", name, runner_id)
 
     async def strays(self, name: str) -> list[Stray]:
         """Say what an engine holds of ours that no live record explains, and what the sweep does with it. Changes nothing.
@@ -373,12 +382,12 @@ class Reconciler:
         launcher = await self.launcher(name)
         listed = await launcher.list()
         cleaned = await self._store.known([found.handle.runner_id for found in listed])
+        unexplained = [found for found in listed if cleaned.get(found.handle.runner_id) is not False]
+        seen = await launcher.observe([found.handle for found in unexplained]) if unexplained else {}
         strays = []
-        for found in listed:
+        for found in unexplained:
             runner_id = found.handle.runner_id
-            if cleaned.get(runner_id) is False:
-                continue
-            match (await launcher.observe([found.handle])).get(runner_id):
+            match seen.get(runner_id):
                 case Gone() | None:
                     pass
                 case _ if runner_id in cleaned:
@@ -463,23 +472,25 @@ class Reconciler:
 
     async def _launch(self, runner: Runner, watch: Watch) -> Runner | None:
         latest: Runner | None = runner
+        begun_before = self._may_be_known(runner)
         try:
             engine = await self._engine_for_launch(runner)
             spec = await self._store.spec(runner.runner_id)
             if spec is None:
                 raise RuntimeError(f"the specification of {runner.runner_id} is gone")
             told: asyncio.Queue[str] = asyncio.Queue()
-            call = asyncio.create_task(_launch_in_turn(engine, runner.runner_id, spec, told.put_nowait))
+            turn = engine.launches[runner.pool_name]
+            call = asyncio.create_task(_launch_in_turn(turn, engine.launcher, runner.runner_id, spec, told.put_nowait))
+            self._begun.add(runner.runner_id)
             latest = await self._until_answered(runner, watch, call, told)
             if latest is None or call.cancelled():
-                self._cut_short.add(runner.runner_id)
                 return None
             handle = call.result()
         except LaunchRejected as error:
             runner = latest or runner
             return await self._write(runner, rejected(runner, error.reason, str(error), self._now()), "rejected")
         except LauncherUnavailable as error:
-            return await self._launch_failed(latest or runner, error)
+            return await self._launch_failed(latest or runner, error, begun_before=begun_before)
         engine.answered_at = self._now()
         started = await self._write(latest, accepted(latest, handle, self._now()), "started")
         pool = self._pools().get(runner.pool_name)
@@ -488,7 +499,7 @@ class Reconciler:
         return started
 
     async def _engine_for_launch(self, runner: Runner) -> _Engine:
-        """Open an engine. Failing to is the launch's end only if no service before this one can have launched it."""
+        """Open an engine. Failing to is the launch's end only if nothing can have been launched in it."""
         try:
             return await self._engine(runner.engine)
         except LaunchRejected as error:
@@ -526,22 +537,22 @@ class Reconciler:
             await asyncio.wait({call})
         return latest
 
-    async def _launch_failed(self, runner: Runner, error: LauncherUnavailable) -> Runner | None:
+    async def _launch_failed(self, runner: Runner, error: LauncherUnavailable, *, begun_before: bool) -> Runner | None:
         self._doubt(runner.engine)
         longest = min(BACKOFF_SECONDS[1], runner.policy.retry_base_seconds * 2 ** min(len(runner.attempts), 30))
         delay = error.retry_after or random.uniform(0, longest)  # noqa: S311 - full jitter
-        # A service before this one may have begun this very call, or we did and called it off: that nothing was done now
-        # says nothing of then.
-        acted = error.acted or self._may_be_known(runner) or runner.runner_id in self._cut_short
+        # That nothing was done now says nothing of a call that was begun before, by us or a service before this one, and of
+        # which the outcome is not on record.
+        acted = error.acted or begun_before
         failed = call_failed(runner, str(error), acted=acted, delay=delay, now=self._now(), reason=error.reason)
         written = await self._write(runner, failed, "attempt_failed", attempt=asdict(failed.attempts[-1]))
-        if written is None and acted:
-            self._cut_short.add(runner.runner_id)
+        if written:
+            self._begun.discard(runner.runner_id)
         return written
 
     def _may_be_known(self, runner: Runner) -> bool:
-        """Whether a service before this one, or the owner before us, may have launched it."""
-        return runner.created_at < max(self._since, self._ownership.since(runner) + SKEW_SECONDS)
+        """Whether its engine may know it by a call whose outcome is not on record."""
+        return runner.runner_id in self._begun or runner.created_at < self._ownership.since(runner) + SKEW_SECONDS
 
     async def _admit(self, runner: Runner) -> float | None:
         """Give a runner its place if there is one now; else says when to look again, if nothing changes before."""
@@ -562,27 +573,31 @@ class Reconciler:
 
     async def _clean_up(self, runner: Runner) -> None:
         """Make the log safe, free what the engine holds, wipe the secrets."""
-        if not runner.untouched or runner.accepted:
+        if runner.accepted:
+            launcher = await self.launcher(runner.engine)
+            cut = await self._spool.keep(launcher, _handle(runner))
+            cut_too = replace(runner, log_truncated=True)
+            if cut and not runner.log_truncated and not await self._write(runner, cut_too, "log_truncated"):
+                return  # it was changed meanwhile, and so comes again
+            await launcher.remove(_handle(runner))
+        elif not runner.untouched:
             with contextlib.suppress(LaunchRejected):  # no launcher, so nothing was ever launched
-                launcher = await self.launcher(runner.engine)
-                cut = runner.accepted and await self._spool.keep(launcher, _handle(runner))
-                cut_too = replace(runner, log_truncated=True)
-                if cut and not runner.log_truncated and not await self._write(runner, cut_too, "log_truncated"):
-                    return  # it was changed meanwhile, and so comes again
-                await launcher.remove(_handle(runner))
+                await (await self.launcher(runner.engine)).remove(_handle(runner))
         await self._store.forget_spec(runner.runner_id, self._ownership.fence(runner), self._ownership.node)
-        self._cut_short.discard(runner.runner_id)
+        self._begun.discard(runner.runner_id)
 
 
-async def _launch_in_turn(engine: _Engine, runner_id: str, spec: LaunchSpec, progress: Callable[[str], None]) -> Handle:
-    async with engine.launches:
-        return await engine.launcher.launch(runner_id, spec, progress=progress)
+async def _launch_in_turn(
+    turn: asyncio.Semaphore, launcher: Launcher, runner_id: str, spec: LaunchSpec, progress: Callable[[str], None]
+) -> Handle:
+    async with turn:
+        return await launcher.launch(runner_id, spec, progress=progress)
 
 
 async def _changed_since(watch: Watch, revision: int) -> None:
     """Wait until a runner is changed by somebody else."""
-    while (await watch.change()).runner.revision <= revision:
-        pass
+    while not (watch.latest and watch.latest.runner.revision > revision):
+        await watch.change()
 
 
 def _handle(runner: Runner) -> Handle:

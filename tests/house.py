@@ -19,6 +19,7 @@ import pytest
 from typing_extensions import override
 
 from app.database import Write
+from app.errors import Unavailable
 from app.events import Change, Feed
 from app.launcher import Handle, LaunchSpec
 from app.launchers.fake import FakeLauncher, FakeWorld
@@ -77,12 +78,15 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
 
 
 class WatchedStore(Store):
-    """The store, and how many writes it has not answered yet."""
+    """The store, how many writes it has not answered yet, and whether it can write at all."""
 
     writing = 0
+    full = False
 
     @override
     async def _write(self, write: Write[T], fence: Fence | None = None, touch: Callable[[Recent], None] | None = None) -> T:
+        if self.full:
+            raise Unavailable("database or disk is full")
         self.writing += 1
         try:
             return await super()._write(write, fence, touch)

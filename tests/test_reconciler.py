@@ -16,7 +16,7 @@ from app.errors import LauncherError, LauncherUnavailable, LaunchRejected, PoolF
 from app.launcher import Exit, Handle, LaunchSpec, Place, Running
 from app.launchers.fake import FakeLauncher, FakeWorld
 from app.reason import Reason
-from app.reconciler import RESYNC_SECONDS, STALE_SECONDS, SWEEP_SECONDS
+from app.reconciler import GRACE_SECONDS, RESYNC_SECONDS, STALE_SECONDS, SWEEP_SECONDS
 from app.runner import Phase, State, stop_asked
 
 MANY = 150
@@ -856,12 +856,42 @@ async def test_a_crash_at_any_instant_of_a_launch_neither_loses_nor_doubles_it(h
 
 
 @simulated
-async def test_a_launch_cut_short_is_not_called_failed_because_its_engine_is_away_after_the_crash(house: House) -> None:
+async def test_a_launch_whose_success_could_not_be_written_is_not_called_failed_because_its_engine_goes_away(
+    house: House,
+) -> None:
+    class FillsTheDisk(FakeLauncher):
+        @override
+        async def launch(self, *args: Any, **more: Any) -> Handle:
+            handle = await super().launch(*args, **more)
+            house.store.full = True
+            return handle
+
+    house.open_launcher = FillsTheDisk
+    await house.restart()
+    name = await house.launch()
+    assert house.world.copies[name] == 1
+    house.cut_off()
+    house.open_launcher, house.store.full = FakeLauncher, False
+    await house.advance(60)
+    assert (await house.get(name)).state is State.PENDING
+    await house.restart()
+    house.world.down = None
+    house.world.wake()
+    await house.advance(60)
+    runner = await house.get(name)
+    assert (runner.state, house.world.copies[name]) == (State.RUNNING, 1)
+
+
+@pytest.mark.parametrize("after", [1, -3600])
+@simulated
+async def test_a_launch_cut_short_is_not_called_failed_because_its_engine_is_away_after_the_crash(
+    house: House, after: float
+) -> None:
     house.world.hang_launches(acts=True)
     name = await house.launch()
     assert house.world.copies[name] == 1
     house.cut_off()
-    await house.restart(after=1)
+    await house.restart(after=after)
     await house.advance(60)
     assert (await house.get(name)).state is State.PENDING
     house.world.down = None
@@ -1038,6 +1068,26 @@ async def test_a_live_runner_that_a_restored_database_never_knew_is_adopted_besi
     await house.start()
     await house.settle()
     assert await house.phases(known, unknown) == [Phase.RUNNING, Phase.RUNNING]
+
+
+@simulated
+async def test_what_cannot_be_removed_keeps_no_live_runner_from_being_adopted(house: House) -> None:
+    class Stuck(FakeLauncher):
+        @override
+        async def remove(self, handle: Handle) -> None:
+            raise LauncherUnavailable("device or resource busy")
+
+    house.open_launcher = Stuck
+    spec = LaunchSpec(command=("fake", "exit=0"), environment={}, context=b"{}", labels={})
+    house.world.start("fake", "runner-nobodys", spec)
+    await house.advance(GRACE_SECONDS + 1)
+    name = await house.launch()
+    await house.crash()
+    for file in house.directory.glob("runners.db*"):
+        file.unlink()
+    await house.start()
+    await house.settle()
+    assert (await house.get(name)).phase is Phase.RUNNING
 
 
 @simulated
