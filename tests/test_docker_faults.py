@@ -1013,6 +1013,23 @@ async def test_an_engine_that_fails_launches_gets_them_later_and_what_it_never_t
         await docker.all_free(client, slot)
 
 
+async def test_a_container_whose_engine_went_away_before_it_was_started_is_not_forgotten(
+    service: Service, docker: Docker, proxy: Proxy, slot: Path
+) -> None:
+    async with service(docker.pools(retry_attempts=1), installation=docker.installation) as client:
+        proxy.spoil(ARCHIVE, "wait")  # what breaks here is asked again at once, and the connection then is refused
+        runner = await asked_for(client, launch_body(slot, COUNT + "exit 3", pool="docker"))
+        await proxy.seen(ARCHIVE)
+        await proxy.close()
+        await until(lambda: has_attempts(client, runner), SECONDS)
+        assert (await record_of(client, runner))["phase"] == "starting"
+        proxy.heal()
+        await proxy.open()
+        assert (await finished(client, runner, SECONDS))["exit_code"] == 3
+        assert read(slot / "started") == f"{runner['runner_id']}\n"
+        await docker.all_free(client, slot)
+
+
 @pytest.mark.fault("an engine that is away: launches refused at once, until it is back")
 @pytest.mark.timeout(240)
 async def test_launches_for_an_engine_that_is_not_there_are_refused_at_once_until_it_comes(

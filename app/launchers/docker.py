@@ -216,6 +216,9 @@ class DockerLauncher:
         except LaunchRejected:
             await self._delete(container_id)
             raise
+        except LauncherUnavailable as error:
+            error.acted = True  # whatever came of the last call: the container is there
+            raise
         return handle
 
     async def _settle(self, runner_id: str, found: Json, spec: LaunchSpec) -> Handle:

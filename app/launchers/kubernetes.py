@@ -269,6 +269,9 @@ class KubernetesLauncher:
                     self._jobs.drop(job["metadata"]["name"])
                 raise self._no(refused) from refused
             await self._check_secret(job)
+        except LauncherUnavailable as error:
+            error.acted = True  # whatever came of this call: the Job is there
+            raise
         return self._handle(job)
 
     async def _existing(self, runner_id: str, wanted: Json, refused: Refused) -> Json:

@@ -77,14 +77,19 @@ class LocalProcessLauncher:
         progress: Callable[[str], None] | None = None,  # noqa: ARG002 - it takes milliseconds
     ) -> Handle:
         place = self._place(runner_id)
-        if prepared := await _in_thread(self._prepare, place, spec, undo=_close_log):
-            log, command, environment = prepared
-            with log:
-                await _start_shim(command, environment, spec.working_dir, log)
-        run = await self._find(runner_id)
-        if run is None:
-            words = await _in_thread(place.last_words)
-            raise LauncherUnavailable(f"the shim of {runner_id} did not start: {words}", acted=False)
+        prepared = await _in_thread(self._prepare, place, spec, undo=_close_log)
+        try:
+            if prepared:
+                log, command, environment = prepared
+                with log:
+                    await _start_shim(command, environment, spec.working_dir, log)
+            run = await self._find(runner_id)
+            if run is None:
+                words = await _in_thread(place.last_words)
+                raise LauncherUnavailable(f"the shim of {runner_id} did not start: {words}")
+        except LauncherUnavailable as error:
+            error.acted = True  # there is a run directory, and maybe a shim that lives
+            raise
         return run.handle
 
     async def observe(self, handles: Sequence[Handle]) -> Mapping[str, Observation]:
@@ -306,7 +311,7 @@ def _start_error(error: OSError, directory: str | None) -> LauncherUnavailable |
         return LaunchRejected("the command and its environment are larger than the kernel takes")
     if error.errno in (errno.ENOENT, errno.EACCES, errno.ENOTDIR):
         return LaunchRejected(f"cannot start in {directory}: {error.strerror}")
-    return LauncherUnavailable(f"cannot start a process: {error}", acted=False)
+    return LauncherUnavailable(f"cannot start a process: {error}")
 
 
 def _unwatch(run: _Run) -> None:
