@@ -211,6 +211,7 @@ class DockerLauncher:
                         about = await container.show()
                     if _status(about) != "created":
                         return handle
+                await asyncio.to_thread(self._look_at_slot, spec)  # once more: a pull may have taken minutes
                 with self._asking("starting the container", refused=Reason.LAUNCH_REJECTED):
                     await self._to_its_end(runner_id, container.start(), "start")
         except LaunchRejected:

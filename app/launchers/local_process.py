@@ -41,9 +41,22 @@ SHIM_SLACK_SECONDS = 2.0
 """How much later than the service the shim enforces the run deadline: it is there for when the service is not."""
 
 T = TypeVar("T")
-_Start = tuple[BinaryIO, Sequence[str], Mapping[str, str]]
 TRIM_SECONDS = 1.0
 _START_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """All that a shim is started with."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    directory: int
+    log: BinaryIO
+
+    def close(self) -> None:
+        os.close(self.directory)
+        self.log.close()
 
 
 @dataclass(slots=True, eq=False)
@@ -77,12 +90,11 @@ class LocalProcessLauncher:
         progress: Callable[[str], None] | None = None,  # noqa: ARG002 - it takes milliseconds
     ) -> Handle:
         place = self._place(runner_id)
-        prepared = await _in_thread(self._prepare, place, spec, undo=_close_log)
+        start = await _in_thread(self._prepare, place, spec, undo=_close)
         try:
-            if prepared:
-                log, command, environment = prepared
-                with log:
-                    await _start_shim(command, environment, spec.working_dir, log)
+            if start:
+                with contextlib.closing(start):
+                    await _start_shim(start, spec.working_dir)
             run = await self._find(runner_id)
             if run is None:
                 words = await _in_thread(place.last_words)
@@ -185,7 +197,7 @@ class LocalProcessLauncher:
         setsid, sleep = _tool("setsid"), _tool("sleep")
         shim = (setsid, _shell(), str(SHIM), str(place.path), deadline, grace, _raise_open_files(), setsid, sleep)
         command = (*shim, *_with_default_signals(), *prepared.prefix, *(spec.command or ()))
-        return prepared.log, command, prepared.environment
+        return _Start(command, prepared.environment, prepared.directory, prepared.log)
 
     async def _find(self, runner_id: str) -> _Run | None:
         """Give a runner that was started by whomever, watched from now on; None if none was."""
@@ -265,9 +277,9 @@ async def _in_thread(call: Callable[..., T], *arguments: object, undo: Callable[
         raise LauncherUnavailable(str(error), acted=False) from error
 
 
-def _close_log(prepared: _Start | None) -> None:
-    if prepared:
-        prepared[0].close()
+def _close(start: _Start | None) -> None:
+    if start:
+        start.close()
 
 
 def _close_fifo(look: Look | None) -> None:
@@ -275,7 +287,7 @@ def _close_fifo(look: Look | None) -> None:
         os.close(look.fifo)
 
 
-async def _start_shim(command: Sequence[str], environment: Mapping[str, str], directory: str | None, log: BinaryIO) -> None:
+async def _start_shim(start: _Start, directory: str | None) -> None:
     """Start a shim, and wait until it has started the runner or found that another shim did.
 
     The command begins with `setsid`, which forks because it is made a group's leader: the shim is nobody's child, needs no
@@ -285,12 +297,12 @@ async def _start_shim(command: Sequence[str], environment: Mapping[str, str], di
     try:
         try:
             shim = await asyncio.create_subprocess_exec(
-                *command,
+                *start.command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=told,
-                stderr=log,
-                cwd=directory,
-                env=environment,
+                stderr=start.log,
+                cwd=f"/proc/self/fd/{start.directory}",
+                env=start.environment,
                 start_new_session=True,
             )
         finally:

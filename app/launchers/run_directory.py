@@ -9,6 +9,7 @@ import json
 import os
 import pwd
 import secrets
+import shlex
 import shutil
 import signal
 import tempfile
@@ -28,6 +29,11 @@ from app.reason import Reason
 
 KILL_SECONDS = 5.0
 """How long a killed process may take to be gone."""
+
+
+_ENVIRONMENT = "environment.sh"
+_TAKES_ENVIRONMENT = ("/bin/sh", "-c", '. "$0" 2>/dev/null; exec "$@"')
+"""Followed by a file, and by the command that it becomes. A shell may refuse to set a variable of its own, such as UID."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,11 @@ class Account:
         return cls(entry.pw_uid, int(gid or entry.pw_gid), named, entry.pw_dir)
 
     @property
+    def other(self) -> bool:
+        """Whether this is not who we are."""
+        return self.uid != os.geteuid()
+
+    @property
     def prefix(self) -> tuple[str, ...]:
         """The command that becomes this user; a program of its own, because a fork with a user takes the slow path.
 
@@ -67,8 +78,12 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What is left to do after the directory is laid out: start the shim with this."""
+    """What is left to do after the directory is laid out: start the shim with this.
 
+    Directory and log are open, so nobody can put others in their place any more.
+    """
+
+    directory: int
     log: BinaryIO
     prefix: tuple[str, ...]
     environment: Mapping[str, str]
@@ -108,10 +123,16 @@ class RunDirectory:
         if (self.path / "claim").exists():
             return None
         account = _check(spec)
+        prefix = account.prefix if account else ()
         fresh = not self.path.exists()
+        directory = _enter(spec)
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            context = self._write_context(spec.context, account)
+            context, environment = self._tell(spec, account)
+            if account and account.other:
+                # Nothing that still runs as root is started with what a pool sets: LD_LIBRARY_PATH may lead into the slot.
+                prefix = (*prefix, *_TAKES_ENVIRONMENT, str(context.with_name(_ENVIRONMENT)))
+                environment = {name: environment[name] for name in ("RUNNER_ID",) if name in environment}
             group = cgroups.create(self.runner_id, spec.cpu, spec.memory_mib)
             self._write("cgroups", str(group).encode())
             enforced = cgroups.enforcement(spec.cpu, spec.memory_mib)
@@ -129,28 +150,34 @@ class RunDirectory:
                 os.mkfifo(self.path / "alive", 0o600)
             log = open(self.log, "ab", opener=_private)  # noqa: SIM115 - closed by whoever starts the shim
         except OSError as error:
+            os.close(directory)
             if fresh:
                 with contextlib.suppress(LauncherUnavailable, OSError):
                     self.remove()
             raise LauncherUnavailable(f"cannot prepare {self.runner_id}: {error}", acted=False) from error
-        home = {"HOME": account.home} if account and account.home else {}
-        return Prepared(
-            log, account.prefix if account else (), {**home, **spec.environment, "TASK_CONTEXT_FILE": str(context)}
-        )
+        return Prepared(directory, log, prefix, environment)
 
-    def _write_context(self, context: bytes, account: Account | None) -> Path:
-        """Put the context where the runner can read it: another user cannot come here."""
-        if account is None or account.uid == os.geteuid():
-            self._write("context.json", context)
-            return self.path / "context.json"
+    def _tell(self, spec: LaunchSpec, account: Account | None) -> tuple[Path, dict[str, str]]:
+        """Put the context where the runner can read it, and its environment too if it is another user, who cannot come here.
+
+        Such a user owns their directory only once all is in it: until then nobody can put a link in our way.
+        """
+        if account is None or not account.other:
+            self._write("context.json", spec.context)
+            context = self.path / "context.json"
+            return context, {**_home(account), **spec.environment, "TASK_CONTEXT_FILE": str(context)}
         with contextlib.suppress(OSError, ValueError, KeyError):
             shutil.rmtree(Path(self._about()["context"]).parent)
-        path = Path(tempfile.mkdtemp(prefix=f"{self.runner_id}-")) / "context.json"
-        with open(path, "wb", opener=_private) as file:
-            file.write(context)
-        for each in (path, path.parent):
-            os.chown(each, account.uid, account.gid)
-        return path
+        context = Path(tempfile.mkdtemp(prefix=f"{self.runner_id}-")) / "context.json"
+        environment = {**_home(account), **spec.environment, "TASK_CONTEXT_FILE": str(context)}
+        exports = "".join(f"command export {name}={shlex.quote(value)}\n" for name, value in environment.items())
+        told = {context: spec.context, context.with_name(_ENVIRONMENT): os.fsencode(exports)}
+        for path, data in told.items():
+            with open(path, "wb", opener=_private) as file:
+                file.write(data)
+        for path in (*told, context.parent):
+            os.chown(path, account.uid, account.gid)
+        return context, environment
 
     def _write(self, name: str, data: bytes) -> None:
         """Write a file that is never seen half-written."""
@@ -314,6 +341,10 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
+def _home(account: Account | None) -> dict[str, str]:
+    return {"HOME": account.home} if account and account.home else {}
+
+
 def command_of(spec: LaunchSpec) -> tuple[str, ...]:
     """Give the whole command of a runner, with what makes it another user. Raises LaunchRejected as a launch would."""
     account = _check(spec)
@@ -343,6 +374,19 @@ def _check(spec: LaunchSpec) -> Account | None:
     elif not shutil.which(program, path=spec.environment.get("PATH", os.defpath)):
         raise LaunchRejected(f"no such command in PATH: {program}")
     return account
+
+
+def _enter(spec: LaunchSpec) -> int:
+    """Open the directory to start in: whatever its path comes to mean from here on, it is this one.
+
+    A slot was checked under its real path; a pool's own working_dir may be a link. Raises LaunchRejected, OSError.
+    """
+    path = spec.working_dir or "/"
+    directory = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    if spec.options.get("working_dir") is None and str(Path(f"/proc/self/fd/{directory}").readlink()) != path:
+        os.close(directory)
+        raise LaunchRejected(f"{path} leads elsewhere than when it was checked", Reason.CONFIG_ERROR)
+    return directory
 
 
 def _signal_name(number: int) -> str:
