@@ -28,6 +28,8 @@ Json = dict[str, Any]
 
 IMAGE = os.environ.get("RUNNER_LAUNCHER_TEST_IMAGE", "busybox:latest")
 MANAGED = "app.kubernetes.io/managed-by=runner-launcher"
+SESSION = "runner-launcher-test"
+"""A label of the namespace of a session of tests: its own name."""
 RBAC = Path(__file__).parents[2] / "deploy/kubernetes/rbac.yaml"
 
 
@@ -240,7 +242,7 @@ async def _configuration() -> Configuration:
 async def _up(name: str) -> tuple[World, Json]:
     """Make a namespace with the launcher's own role in it, and give its service account's credentials."""
     world = World(await _configuration(), name)
-    await world.call("POST", "/api/v1/namespaces", {"metadata": {"name": name, "labels": {"runner-launcher-test": "yes"}}})
+    await world.call("POST", "/api/v1/namespaces", {"metadata": {"name": name, "labels": {SESSION: name}}})
     for document in yaml.safe_load_all(RBAC.read_text().replace("necrocode-agents", name)):
         kind = document["kind"].lower() + "s"
         await world.call("POST", kind, document)
