@@ -302,7 +302,8 @@ def look(
 
 def unexplained(end: Exit) -> bool:
     """Whether a runner's end is neither its own doing nor ours, and nothing yet tells whose it is."""
-    return end.stopped is False and end.code != 0 and not end.oom_killed and end.reason in {None, Reason.DELETED}
+    known = end.stopped or end.code == 0 or end.oom_killed
+    return not known and end.reason in {None, Reason.DELETED, Reason.LOST}
 
 
 def _second(
@@ -345,8 +346,9 @@ def _without_pod(job: Job, last: Pod | None, told: Mapping[str, Sequence[Warned]
     if job.succeeded:
         return Conclude(Exit(code=0, message="its pod was gone before it could be read; the Job says that it succeeded"))
     if job.failed:
-        text = f"its pod was gone before it could be read; the Job says {job.failed}"
-        return Conclude(Exit(reason=Reason.LOST, message=text, stopped=_asked(job) or None))
+        reason, words = _event(told) or (Reason.LOST, f"the Job says {job.failed}")
+        text = f"its pod was gone before it could be read: {words}"
+        return Conclude(Exit(reason=reason, message=text, stopped=_asked(job) or None))
     if never:
         return Conclude(Exit(stopped=True, message="ended before it started"))
     if job.first_pod or job.parallelism == 0:

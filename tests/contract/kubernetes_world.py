@@ -143,8 +143,9 @@ class Door:
 
 async def address_for_pods(owner: World) -> str:
     """Give an address of this machine that the cluster's node reaches, and so its pods."""
-    [node, *_] = (await owner.call("GET", "/api/v1/nodes"))["items"]
-    inside = next(each["address"] for each in node["status"]["addresses"] if each["type"] == "InternalIP")
+    nodes = (await owner.call("GET", "/api/v1/nodes"))["items"]
+    addresses = [address for node in nodes for address in node["status"].get("addresses", [])]
+    inside = next(each["address"] for each in addresses if each["type"] == "InternalIP")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((inside, 9))  # sends nothing
         address: str = probe.getsockname()[0]
