@@ -279,9 +279,12 @@ class EmptyNode:
         return name
 
     async def end(self, pod: str, code: int) -> None:
-        """Say how a pod's program ended, and let go of the pod if it was to go."""
+        """Say how a pod's program ended."""
         ended = {"exitCode": code, "reason": "Completed" if code == 0 else "Error", "finishedAt": _now()}
         await self._tell(pod, "Failed" if code else "Succeeded", {"terminated": ended})
+
+    async def let_go(self, pod: str) -> None:
+        """Say that nothing is left of a pod that was to go."""
         await self._world.call("DELETE", f"pods/{pod}", {"gracePeriodSeconds": 0})
 
     async def _tell(self, pod: str, phase: str, state: Json) -> None:
@@ -333,6 +336,7 @@ async def test_a_runner_on_a_node_that_is_lost_ends_as_that_once_nothing_of_it_c
         else:
             await node.beat()
             await node.end(name, 137)
+            await node.let_go(name)
         end = await house.end(handle)
         assert (end.reason, end.stopped) == (Reason.NODE_LOST, False)
         assert end.code in {137, None}
@@ -343,3 +347,18 @@ async def test_a_runner_on_a_node_that_is_lost_ends_as_that_once_nothing_of_it_c
 
 async def _no_pods(world: World, handle: Handle) -> bool:
     return not await world.pods(handle.runner_id)
+
+
+async def test_a_stop_waits_for_the_last_words_of_a_pod_that_takes_no_signal_any_more(house: House) -> None:
+    async with EmptyNode(house.world) as node:
+        handle = await house.launch(exits(0), **node.options)
+        name = await node.run(handle.runner_id)
+        await house.running(handle)
+        stop = asyncio.create_task(house.launcher.stop(handle, 10))
+        await asyncio.sleep(6)  # a busy kubelet tells so late
+        assert not stop.done()
+        await node.end(name, 7)
+        await stop
+        end = await house.end(handle)
+        assert (end.code, end.stopped) == (7, False)
+        assert "deletionTimestamp" not in (await house.pod(handle))["metadata"]

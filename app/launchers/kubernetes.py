@@ -390,11 +390,14 @@ class KubernetesLauncher:
         """Ask the events, once, why a pod was deleted that does not tell itself; says whether there is more to go by."""
         if job.end or not pods.unexplained(end) or job.runner_id in self._fates:
             return False
-        last = self._last.get(job.runner_id)
-        vanished = {job.first_pod, last.uid if last else None} - {pod.uid for pod in known}
+        last, there = self._last.get(job.runner_id), {pod.uid for pod in known}
+        about = {job.first_pod: f"uid={job.first_pod}"} if job.first_pod and job.first_pod not in there else {}
+        gone = [last] if last and last.uid not in there else []
+        for pod in [*gone, *(pod for pod in known if pod.deleted)]:
+            about[pod.uid] = f"name={pod.name}"  # not all who write events know uids
         fates: dict[str, list[Warned]] = {}
-        for uid in filter(None, vanished | {pod.uid for pod in known if pod.deleted}):
-            query = {"fieldSelector": f"involvedObject.uid={uid}"}
+        for uid, which in about.items():
+            query = {"fieldSelector": f"involvedObject.{which}"}
             items = (await self._ask("GET", self._cluster.path("events"), query))["items"]
             fates[uid] = [pods.read_warning(item) for item in items]
         if fates:
