@@ -31,7 +31,7 @@ from app.main import create_app
 from app.settings import Settings
 
 pytest_plugins = ["engines", "docker_engine", "fault_table", "postgres", "service_image"]
-pytest.register_assert_rewrite("launcher_contract")
+pytest.register_assert_rewrite("kubernetes_house", "launcher_contract")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background deaf to these two,
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and what we start would inherit that

@@ -5,144 +5,33 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
 
 import httpx
 import pytest
 from conftest import until, write_pools
 from engines import missing
 from kubernetes_asyncio.client import ApiException
-from kubernetes_world import IMAGE, Door, Gate, Json, World, cluster_session, write_kubeconfig
-from launcher_contract import COUNTS_SLOWLY, HANDLES_TERM, LINES, LOOP, RUNS_ON, Script, exits, new_id
+from kubernetes_house import SECONDS, House
+from kubernetes_world import IMAGE, Gate, Json, World, write_kubeconfig
+from launcher_contract import COUNTS_SLOWLY, HANDLES_TERM, LINES, LOOP, RUNS_ON, exits, new_id
 
 from app.errors import LauncherUnavailable, LaunchRejected
-from app.launcher import Exit, Exited, Gone, Handle, LaunchSpec, Observation, Running, Starting
+from app.launcher import Exited, Gone, Handle, Observation, Running
 from app.launchers import open_launcher
 from app.launchers.kubernetes import KubernetesLauncher
 from app.main import create_app
 from app.reason import Reason
 from app.settings import Settings
 
-SECONDS = 120.0
-"""Kubelets before 1.22 take up to a minute to let go of a pod that never started."""
-
 LOST_LOG = b"[the log is lost: its container was taken away before it could be read]"
 
+pytest_plugins = ["kubernetes_house"]
 pytestmark = pytest.mark.timeout(300)
 NOWHERE = {"node_selector": {"runner-launcher-test/nowhere": "yes"}}
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[tuple[World, Json]]:
-    with cluster_session() as made:
-        yield made
-
-
-@dataclass
-class House:
-    """A launcher, the cluster behind it, and the door between."""
-
-    launcher: KubernetesLauncher
-    world: World
-    door: Door
-    kubeconfig: Path
-    installation: str
-
-    def spec(self, script: str, **options: Any) -> LaunchSpec:  # noqa: ANN401 - JSON
-        known = {"namespace": self.world.namespace, "image": IMAGE, "image_pull_policy": "IfNotPresent"}
-        command = ("/bin/sh", "-c", script)
-        return LaunchSpec(command=command, environment={}, context=b"{}", stop_grace_seconds=2, options={**known, **options})
-
-    async def launch(self, script: str | Script, **options: Any) -> Handle:  # noqa: ANN401 - JSON
-        text = script.sh if isinstance(script, Script) else script
-        return await self.launcher.launch(new_id(), self.spec(text, **options))
-
-    async def see(self, handle: Handle) -> Observation | None:
-        return (await self.launcher.observe([handle])).get(handle.runner_id)
-
-    async def until(self, handle: Handle, check: Callable[[Observation | None], bool], seconds: float = SECONDS) -> Any:  # noqa: ANN401 - narrowed by the check
-        deadline = time.monotonic() + seconds
-        while not check(seen := await self.see(handle)):
-            assert time.monotonic() < deadline, f"not within {seconds} s; seen is {seen}"
-            await asyncio.sleep(0.05)
-        return seen
-
-    async def running(self, handle: Handle) -> None:
-        await self.until(handle, lambda seen: isinstance(seen, Running))
-
-    async def end(self, handle: Handle, seconds: float = SECONDS) -> Exit:
-        exited: Exited = await self.until(handle, lambda seen: isinstance(seen, Exited), seconds)
-        return exited.exit
-
-    async def problem(self, handle: Handle) -> str:
-        starting: Starting = await self.until(handle, lambda seen: isinstance(seen, Starting) and bool(seen.problem))
-        return starting.problem or ""
-
-    async def ready(self, script: Script = RUNS_ON) -> Handle:
-        handle = await self.launch(script)
-        await self.running(handle)
-        await self.said(handle, b"ready")
-        return handle
-
-    async def said(self, handle: Handle, text: bytes) -> None:
-        async with asyncio.timeout(SECONDS):
-            async for line in self.launcher.logs(handle, follow=True):
-                if line.text == text:
-                    return
-        raise AssertionError(f"it never said {text!r}")
-
-    async def pod(self, handle: Handle) -> Json:
-        (pod,) = await self.world.pods(handle.runner_id)
-        return pod
-
-    @asynccontextmanager
-    async def foreign(self, runner_id: str, **labels: str) -> AsyncIterator[None]:
-        """Somebody else's Job, named as ours would be. It must be there at the end."""
-        name = f"necrocode-runner-{runner_id}"
-        template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "x", "image": IMAGE}]}}
-        job = {"metadata": {"name": name, "labels": labels}, "spec": {"parallelism": 0, "template": template}}
-        await self.world.call("POST", "jobs", job)
-        yield
-        assert await self.world.find(f"jobs/{name}")
-        await self.world.call("DELETE", f"jobs/{name}", {"propagationPolicy": "Background"})
-
-    async def gone(self, runner_id: str) -> bool:
-        """Whether the cluster holds nothing of a runner."""
-        kinds = ("jobs", "pods", "secrets")
-        return not any([await self.world.items(kind, f"runner-id={runner_id}") for kind in kinds])
-
-    async def log(self, handle: Handle) -> list[bytes]:
-        return [line.text async for line in self.launcher.logs(handle)]
-
-    def reopen(self, kubeconfig: Path | None = None, namespace: str | None = None) -> KubernetesLauncher:
-        where = namespace or self.world.namespace
-        return KubernetesLauncher(kubeconfig or self.kubeconfig, None, where, self.installation)
-
-
-@pytest.fixture
-async def house(cluster: tuple[World, Json], tmp_path: Path) -> AsyncIterator[House]:
-    world, user = cluster
-    door, installation = Door(world.url), uuid4().hex
-    await door.open()
-    kubeconfig = write_kubeconfig(tmp_path / "kubeconfig", world, door, user)
-    async with aclosing(KubernetesLauncher(kubeconfig, None, world.namespace, installation)) as launcher:
-        yield House(launcher, world, door, kubeconfig, installation)
-    async with aclosing(KubernetesLauncher(kubeconfig, None, world.namespace, installation)) as sweeper:
-        for found in await sweeper.list():
-            await sweeper.remove(found.handle)
-    await door.close()
-    for kind in ("jobs", "pods", "secrets"):
-        for _ in range(600):
-            left = await world.items(kind, f"runner-launcher/installation={installation}")
-            if not left:
-                break
-            await asyncio.sleep(0.1)
-        assert not left
 
 
 # Launches that cannot be.
@@ -443,26 +332,27 @@ async def test_a_pod_deleted_behind_our_back_is_told_and_never_replaced(house: H
     assert not [pod for pod in living if "deletionTimestamp" not in pod["metadata"]]
 
 
-async def test_a_second_pod_is_noticed_by_a_service_that_was_down(house: House) -> None:
+async def test_a_pod_deleted_while_the_service_was_down_is_told_and_a_second_one_ended(house: House) -> None:
     handle = await house.ready()
     await asyncio.sleep(1)  # until it is written down which pod is the runner
     first = await house.pod(handle)
-    job = await house.world.call("GET", f"jobs/{handle.job_name}")
-    if job["spec"].get("podReplacementPolicy"):
-        pytest.skip("this Kubernetes starts no second pod")
     await house.launcher.aclose()
     await house.world.call("DELETE", f"pods/{first['metadata']['name']}", {"gracePeriodSeconds": 0})
-    for _ in range(100):
-        others = [
-            pod for pod in await house.world.pods(handle.runner_id) if pod["metadata"]["uid"] != first["metadata"]["uid"]
-        ]
-        if others:
-            break
-        await asyncio.sleep(0.1)
+
+    async def noticed() -> str:
+        """What the Job controller made of it: a second pod, or where it starts none, a Job that failed."""
+        job = await house.world.call("GET", f"jobs/{handle.job_name}")
+        pods = [pod["metadata"]["uid"] for pod in await house.world.pods(handle.runner_id)]
+        if any(uid != first["metadata"]["uid"] for uid in pods):
+            return "second pod"
+        starts_none = job["spec"].get("podReplacementPolicy") and job["status"].get("failed")
+        return "the Job says" if starts_none else ""
+
+    told = await until(noticed, SECONDS)
     async with aclosing(house.reopen()) as house.launcher:
         end = await house.end(handle)
-        assert (end.code, end.reason) == (None, Reason.DELETED)
-        assert "second pod" in (end.message or "")
+        assert (end.code, end.reason) == (None, Reason.DELETED if told == "second pod" else Reason.LOST)
+        assert told in (end.message or "")
         assert await house.log(handle) == [b"[the log is lost: its pod was deleted]"]
         assert [line.text async for line in house.launcher.logs(handle, follow=True, after="lost")] == []
 
@@ -477,9 +367,7 @@ async def test_a_job_deleted_with_its_pod_left_running_is_not_gone_while_that_li
     await house.until(handle, lambda seen: isinstance(seen, Exited | Gone))
     await house.launcher.remove(handle)
     await house.until(handle, lambda seen: isinstance(seen, Gone))
-    path = f"secrets/{handle.job_name}"
-    if await house.world.find(path):  # of an orphan nobody is the owner
-        await house.world.call("DELETE", path)
+    assert await house.gone(handle.runner_id)  # the Secret too, of which nobody is the owner any more
 
 
 async def test_without_a_way_into_the_pod_it_is_deleted(house: House) -> None:
@@ -548,6 +436,11 @@ async def in_phase(client: httpx.AsyncClient, runner_id: str, wanted: str) -> Js
     return await until(record, SECONDS)
 
 
+async def tell(house: House, runner_id: str) -> None:
+    """Let a runner end that waits to be told so."""
+    await house.world.run((await house.pod(Handle(runner_id=runner_id)))["metadata"]["name"], "touch /workspace/go")
+
+
 async def would_sweep(client: httpx.AsyncClient) -> dict[str, str]:
     answer = (await client.post("/engines/sweep", params={"dry_run": "true"})).json()
     assert answer["problems"] == {}
@@ -559,10 +452,6 @@ async def test_jobs_on_no_record_are_adopted_alive_removed_when_ended_for_long_a
 ) -> None:
     script = "until [ -e /workspace/go ]; do sleep 0.1; done; exit 4"
     other = {"app": "necrocode-runner", "runner-id": "notes", "runner-launcher/installation": "another"}
-
-    async def tell(runner_id: str) -> None:
-        await house.world.run((await house.pod(Handle(runner_id=runner_id)))["metadata"]["name"], "touch /workspace/go")
-
     async with house.foreign("notes", **other):
         async with serving(house, tmp_path, script) as client:
             live, dead = await accepted(client, "1"), await accepted(client, "2")
@@ -572,7 +461,7 @@ async def test_jobs_on_no_record_are_adopted_alive_removed_when_ended_for_long_a
             assert "sha256:" in running["image_digest"]
         for path in (tmp_path / "state").glob("runners.db*"):
             path.unlink()
-        await tell(dead)
+        await tell(house, dead)
         await house.end(Handle(runner_id=dead))
         async with serving(house, tmp_path, script) as client:
             adopted = await in_phase(client, live, "running")
@@ -583,11 +472,57 @@ async def test_jobs_on_no_record_are_adopted_alive_removed_when_ended_for_long_a
             assert not await house.gone(dead)
         async with serving(house, tmp_path, script, now=lambda: time.time() + 3600) as client:
             await until(lambda: house.gone(dead), SECONDS)
-            await tell(live)
+            await tell(house, live)
             ended = await in_phase(client, live, "finished")
             assert (ended["reason"], ended["exit_code"]) == ("exit_nonzero", 4)
             await until(lambda: house.gone(live), SECONDS)
             assert await would_sweep(client) == {}
+
+
+async def test_pods_without_job_or_record_are_adopted_alive_and_removed_when_ended_for_long(
+    house: House, tmp_path: Path
+) -> None:
+    script = "until [ -e /workspace/go ]; do sleep 0.1; done; exit 4"
+    async with serving(house, tmp_path, script) as client:
+        live, dead, kept = [await accepted(client, slot) for slot in ("1", "2", "3")]
+        running = await in_phase(client, live, "running")
+        for runner_id in (dead, kept):
+            await in_phase(client, runner_id, "running")
+        await _orphan(house, kept)
+        await tell(house, kept)
+        ended = await in_phase(client, kept, "finished")
+        assert (ended["reason"], ended["exit_code"]) == ("exit_nonzero", 4)
+        await until(lambda: house.gone(kept), SECONDS)
+    for path in (tmp_path / "state").glob("runners.db*"):
+        path.unlink()
+    for runner_id in (live, dead):
+        await _orphan(house, runner_id)
+    await tell(house, dead)
+    await house.end(Handle(runner_id=dead))
+    async with serving(house, tmp_path, script) as client:
+        adopted = await in_phase(client, live, "running")
+        for name in ("task_id", "slot_id", "pool_name", "job_name", "node", "image_digest", "isolation", "limits"):
+            assert adopted[name] == running[name]
+        assert await would_sweep(client) == {dead: "wait"}
+        assert not await house.gone(dead)
+    async with serving(house, tmp_path, script, now=lambda: time.time() + 3600) as client:
+        await until(lambda: house.gone(dead), SECONDS)
+        stopping = await client.delete(f"/runners/{live}", params={"grace": "1"})
+        assert stopping.status_code == 202
+        assert (await in_phase(client, live, "finished"))["reason"] == "cancelled"
+        await until(lambda: house.gone(live), SECONDS)
+        assert await would_sweep(client) == {}
+
+
+async def _orphan(house: House, runner_id: str) -> None:
+    """Delete a runner's Job and leave its pod and Secret."""
+    job = f"jobs/necrocode-runner-{runner_id}"
+    await house.world.call("DELETE", job, {"propagationPolicy": "Orphan"})
+
+    async def deleted() -> bool:
+        return await house.world.find(job) is None
+
+    await until(deleted, SECONDS)
 
 
 # A connection that breaks, an API that forgets, credentials that run out.
@@ -725,12 +660,27 @@ async def test_a_copy_that_is_refused_or_cut_is_made_again(house: House) -> None
         assert [found.handle.runner_id for found in await launcher.list()] == [handle.runner_id]
 
 
-def _through(gate: Gate, house: House) -> KubernetesLauncher:
+async def test_a_proxy_that_the_environment_names_is_used_unless_it_says_not_for_this_api(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Gate(house.world) as gate:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{gate.port}")
+        for but_not, through in (("", True), ("api.invalid", False)):
+            monkeypatch.setenv("no_proxy", but_not)
+            async with aclosing(_through(gate, house, "http://api.invalid")) as launcher:
+                with contextlib.nullcontext() if through else pytest.raises(LauncherUnavailable, match="cannot be reached"):
+                    await launcher.ping()
+            assert bool(gate.asked) == through
+            gate.asked.clear()
+
+
+def _through(gate: Gate, house: House, server: str = "") -> KubernetesLauncher:
     """A launcher that reaches the API through a gate."""
     path = house.kubeconfig.with_name(f"gate-{gate.port}")
+    server = server or f"http://127.0.0.1:{gate.port}"
     path.write_text(
         f"""{{apiVersion: v1, kind: Config, current-context: c, contexts: [{{name: c, context: {{cluster: c, user: u}}}}],
-        clusters: [{{name: c, cluster: {{server: "http://127.0.0.1:{gate.port}"}}}}], users: [{{name: u, user: {{}}}}]}}"""
+        clusters: [{{name: c, cluster: {{server: "{server}"}}}}], users: [{{name: u, user: {{}}}}]}}"""
     )
     return house.reopen(path)
 

@@ -5,16 +5,19 @@ from typing import Any
 
 import pytest
 
-from app.launcher import Exit, Exited, Observation, Place, Running, Starting
+from app.launcher import Exit, Exited, Place, Running, Starting
 from app.launchers.pod import (
     Conclude,
     Held,
+    Judgement,
     Warned,
+    Withdraw,
     latest,
     look,
     read_job,
     read_pod,
     read_warning,
+    unexplained,
     written,
 )
 from app.reason import Reason
@@ -59,9 +62,7 @@ def waiting(reason: str, message: str = "") -> Json:
     return {"waiting": {"reason": reason, "message": message}}
 
 
-def seen(
-    a_job: Json | None, *pods: Json, last: Json | None = None, warnings: list[Warned] | None = None
-) -> Observation | Held | Conclude:
+def seen(a_job: Json | None, *pods: Json, last: Json | None = None, warnings: list[Warned] | None = None) -> Judgement:
     return look(
         read_job(a_job) if a_job else None,
         [read_pod(one) for one in pods],
@@ -71,7 +72,7 @@ def seen(
     )
 
 
-def end_of(answer: Observation | Held | Conclude) -> Exit:
+def end_of(answer: Judgement) -> Exit:
     assert isinstance(answer, Exited | Conclude)
     return answer.exit
 
@@ -202,7 +203,7 @@ def test_what_holds_a_pod_up_is_told(
     [
         ("pods is forbidden: exceeded quota: q, requested: pods=1", Reason.QUOTA_EXCEEDED, 270),
         ('error looking up service account ns/x: serviceaccount "x" not found', Reason.CONFIG_ERROR, 30),
-        ('admission webhook "w" denied the request: no', Reason.LAUNCH_REJECTED, 30),
+        ('Error creating: admission webhook "w" denied the request: no Timeout: x', Reason.LAUNCH_REJECTED, 30),
         ('pods "x" is forbidden: violates PodSecurity "restricted:latest"', Reason.LAUNCH_REJECTED, 30),
     ],
 )
@@ -211,13 +212,75 @@ def test_a_pod_that_is_refused_is_told_of(message: str, reason: Reason, patience
     assert held == Held(problem=f"its pod is refused: {message}", cause=held.cause, reason=reason, patience=patience)  # type: ignore[union-attr]
 
 
+def test_what_a_webhook_did_not_answer_is_tried_again() -> None:
+    message = 'Error creating: Internal error occurred: failed calling webhook "w": Post "https://w/": context deadline'
+    held = seen(job(), warnings=[Warned(about="j", reason="FailedCreate", message=message, at=1)])
+    assert isinstance(held, Held)
+    assert (held.reason, held.patience) == (Reason.ENGINE_UNAVAILABLE, 270)
+    assert message in (held.problem or "")
+
+
 def test_a_second_pod_is_the_first_ones_end() -> None:
     end = end_of(seen(job(first_pod="p"), pod("q", state=RUNNING, phase="Running")))
     assert (end.code, end.reason, end.stopped) == (None, Reason.DELETED, False)
     assert "second pod, q" in (end.message or "")
     first = pod(state=ended(9), phase="Failed")
     assert end_of(seen(job(first_pod="p"), first, pod("q", phase="Pending"))).code == 9
-    assert isinstance(seen(job(), pod(state=RUNNING, phase="Running"), pod("q", phase="Pending")), Conclude)
+
+
+def test_while_the_first_pod_lives_a_second_one_only_has_its_job_withdrawn() -> None:
+    first, second = pod(state=RUNNING, phase="Running"), pod("q", phase="Pending")
+    for notes in ({}, {"first_pod": "p"}):
+        assert seen(job(**notes), first, second) == Withdraw()  # type: ignore[arg-type]
+        withdrawn = job(parallelism=0, **notes)  # type: ignore[arg-type]
+        assert seen(withdrawn, first, second) == Running()
+        assert seen(withdrawn, first) == Running()
+        for end in (
+            end_of(seen(withdrawn, pod(state=ended(9), phase="Failed"))),
+            end_of(seen(withdrawn, last=pod(state=ended(9), phase="Failed"))),
+        ):
+            assert (end.code, end.stopped) == (9, False)
+            assert "second pod" in (end.message or "")
+        vanished = end_of(seen(withdrawn))  # by a service that came up later
+        assert (vanished.reason, vanished.stopped) == (Reason.DELETED, False)
+        assert "second pod" in (vanished.message or "")
+
+
+SILENT = [{"type": "ContainersReady", "status": "True"}, {"type": "Ready", "status": "False"}]
+BY_GATES = [SILENT[0], {**SILENT[1], "reason": "ReadinessGatesNotReady"}]
+TAINTED = Warned(about="p", reason="TaintManagerEviction", message="Marking for deletion Pod ns/p", at=1)
+UNTAINTED = Warned(about="p", reason="TaintManagerEviction", message="Cancelling deletion of Pod ns/p", at=1)
+PREEMPTED = Warned(about="p", reason="Preempted", message="Preempted by ns/q on node n", at=1)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "event", "reason"),
+    [
+        ([], None, Reason.DELETED),
+        (SILENT, None, Reason.NODE_LOST),
+        (BY_GATES, None, Reason.DELETED),
+        ([], TAINTED, Reason.NODE_LOST),
+        ([], UNTAINTED, Reason.DELETED),
+        ([], PREEMPTED, Reason.PREEMPTED),
+        (SILENT, PREEMPTED, Reason.PREEMPTED),
+    ],
+)
+def test_why_a_pod_was_deleted_that_does_not_tell_itself(conditions: Any, event: Warned | None, reason: Reason) -> None:  # noqa: ANN401 - JSON
+    told = [event] if event else []
+    last = pod(state=RUNNING, phase="Running", conditions=conditions)
+    end = end_of(seen(job(first_pod="p"), last=last, warnings=told))
+    assert (end.code, end.reason, end.stopped) == (None, reason, False)
+    assert unexplained(end) == (reason is Reason.DELETED)
+    if event and reason is not Reason.DELETED:
+        assert event.message in (end.message or "")
+        assert end_of(seen(job(first_pod="p"), warnings=told)).reason is reason  # by a service that came up later
+        killed = end_of(seen(job(), pod(state=ended(143), phase="Failed"), warnings=told))
+        assert (killed.code, killed.reason) == (143, reason)
+        assert end_of(seen(job(), pod(state=ended(0), phase="Succeeded"), warnings=told)).reason is None
+
+
+def test_of_an_end_without_a_job_nothing_tells_whether_a_stop_came_first() -> None:
+    assert end_of(seen(None, pod(state=ended(143), phase="Failed"))).stopped is None
 
 
 def test_a_pod_that_is_gone_is_judged_by_what_was_last_seen_of_it() -> None:

@@ -15,7 +15,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
@@ -229,7 +230,20 @@ class Cluster:
 def _open(configuration: "Configuration") -> "ApiClient":
     from kubernetes_asyncio.client import ApiClient  # noqa: PLC0415 - loaded by now
 
-    return ApiClient(configuration)
+    api = ApiClient(configuration)
+    rest, theirs = api.rest_client, api.rest_client.pool_manager
+    # Theirs would look for a proxy and into ~/.netrc before every request, each in a thread.
+    rest.pool_manager = aiohttp.ClientSession(connector=theirs.connector)
+    theirs.detach()
+    if proxy := rest.proxy or _proxy_before(str(configuration.host)):
+        rest.proxy = proxy
+    return api
+
+
+def _proxy_before(host: str) -> str | None:
+    """Give the proxy that the environment names for a URL."""
+    place = urlsplit(host)
+    return None if proxy_bypass(place.hostname or "") else getproxies().get(place.scheme)
 
 
 async def _headers(api: "ApiClient") -> dict[str, str]:

@@ -112,17 +112,17 @@ def manifests(runner_id: str, spec: LaunchSpec, installation: str) -> Manifests:
     }
     name, namespace = job_name(runner_id), str(options["namespace"])
     metadata = {"name": name, "namespace": namespace, "labels": labels}
-    told = {**_of(options, "annotations"), "runner-launcher/task-id": spec.labels.get("task_id", "")}
+    told = {
+        **_of(options, "annotations"),
+        "runner-launcher/task-id": spec.labels.get("task_id", ""),
+        IDENTITY: json.dumps(dict(spec.labels), ensure_ascii=False, sort_keys=True),  # a pod may outlive its Job
+    }
     job: Json = {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
             **metadata,
-            "annotations": {
-                **told,
-                IDENTITY: json.dumps(dict(spec.labels), ensure_ascii=False, sort_keys=True),
-                LAUNCH_TIMEOUT: f"{options.get('launch_timeout_seconds', 300):g}",
-            },
+            "annotations": {**told, LAUNCH_TIMEOUT: f"{options.get('launch_timeout_seconds', 300):g}"},
         },
         "spec": {
             "backoffLimit": 0,
@@ -156,10 +156,9 @@ def label_value(text: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', text)[:52].strip('-_.')}-{digest}".strip("-")
 
 
-def limits(job: Json) -> Mapping[str, Any]:
-    """What the container of a Job is limited to."""
-    containers = job["spec"]["template"]["spec"]["containers"]
-    runner: Json = next((container for container in containers if container["name"] == CONTAINER), {})
+def limits(spec: Json) -> Mapping[str, Any]:
+    """What the runner's container is limited to, by its pod's specification."""
+    runner: Json = next((container for container in spec["containers"] if container["name"] == CONTAINER), {})
     found: Mapping[str, Any] = runner.get("resources", {}).get("limits") or {}
     return found
 

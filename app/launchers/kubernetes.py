@@ -41,7 +41,7 @@ from app.launcher import (
 from app.launchers import job as jobs
 from app.launchers import pod as pods
 from app.launchers.cluster import TOLD, Cluster, Json, Refused
-from app.launchers.pod import Conclude, Held, Job, Pod, Warned
+from app.launchers.pod import Conclude, Held, Job, Pod, Warned, Withdraw
 from app.launchers.pod_log import LOST, KeptLog, LogReader, parse
 from app.launchers.reflector import PAGE, Reflector
 from app.reason import Reason
@@ -67,7 +67,7 @@ once a minute, and tells the API so within ten seconds more."""
 NEEDED = (
     ("create", "jobs"), ("get", "jobs"), ("list", "jobs"), ("watch", "jobs"), ("patch", "jobs"), ("delete", "jobs"),
     ("list", "pods"), ("watch", "pods"), ("delete", "pods"), ("get", "pods/log"),
-    ("create", "secrets"), ("get", "secrets"),
+    ("create", "secrets"), ("get", "secrets"), ("delete", "secrets"),
     ("list", "events"), ("watch", "events"),
 )  # fmt: skip
 """What we must be permitted, as deploy/kubernetes/rbac.yaml grants it; ways into a container are beyond that."""
@@ -92,6 +92,7 @@ class KubernetesLauncher:
         self._pods_of: dict[str, dict[str, Pod]] = {}
         self._about: dict[str, dict[str, Warned]] = {}
         self._last: dict[str, Pod] = {}
+        self._fates: dict[str, Mapping[str, Sequence[Warned]]] = {}
         self._kept: dict[str, KeptLog] = {}
         self._held: dict[str, tuple[str, float]] = {}
         self._beside: set[asyncio.Task[None]] = set()
@@ -179,20 +180,29 @@ class KubernetesLauncher:
 
     async def list(self) -> Sequence[Found]:
         await self._in_touch()
-        found: list[Found] = []
-        page: dict[str, str | int] = {**self._ours, "limit": PAGE}
+        orphans = {pod.runner_id for pod in self._pods.objects.values() if pod.job is None}
+        found = [self._found(job, job["spec"]["template"]["spec"]) async for job in self._pages("jobs", self._ours)]
+        for runner_id in orphans - {each.handle.runner_id for each in found}:
+            found += [self._found(pod, pod["spec"]) async for pod in self._pages("pods", self._ours_of(runner_id))][:1]
+        return found
+
+    async def _pages(self, kind: str, selector: Mapping[str, str]) -> AsyncIterator[Json]:
+        page: dict[str, str | int] = {**selector, "limit": PAGE}
         while True:
-            answer = await self._ask("GET", self._cluster.path("jobs"), query=page)
+            answer = await self._ask("GET", self._cluster.path(kind), query=page)
             for item in answer["items"]:
-                handle = self._handle(item)
-                pod = next(iter(self._pods_of.get(handle.runner_id, {}).values()), None)
-                if pod:
-                    handle = replace(handle, node=pod.node, image_digest=pod.image_digest)
-                created_at = pods.seconds(item["metadata"]["creationTimestamp"])
-                found.append(Found(handle, pods.identity(item), created_at))
+                yield item
             if not (token := answer["metadata"].get("continue")):
-                return found
+                return
             page["continue"] = token
+
+    def _found(self, item: Json, spec: Json) -> Found:
+        """Read a runner of its Job, or of its pod if somebody has deleted the Job and left the pod."""
+        handle = self._handle(item, spec)
+        pod = next(iter(self._pods_of.get(handle.runner_id, {}).values()), None)
+        if pod:
+            handle = replace(handle, node=pod.node, image_digest=pod.image_digest)
+        return Found(handle, pods.identity(item), pods.seconds(item["metadata"]["creationTimestamp"]))
 
     async def remove(self, handle: Handle) -> None:
         await self._in_touch()
@@ -210,10 +220,18 @@ class KubernetesLauncher:
             if not (job and pods.is_over(pod, time.time())):  # else it goes with its Job
                 await self._delete("pods", pod.name, {"gracePeriodSeconds": 1, "preconditions": {"uid": pod.uid}})
         await self._until_nothing_lives(runner_id, GONE_SECONDS)
+        if job is None:
+            await self._remove_orphaned_secret(runner_id)
         if kept := self._kept.pop(runner_id, None):
             kept.stop()
-        for known in (self._last, self._held):
+        for known in (self._last, self._held, self._fates):
             known.pop(runner_id, None)
+
+    async def _remove_orphaned_secret(self, runner_id: str) -> None:
+        """Remove a Secret that has lost its owner: with its Job it goes by itself."""
+        secret = await self._find("secrets", jobs.job_name(runner_id))
+        if secret and not secret["metadata"].get("ownerReferences"):
+            await self._delete("secrets", secret["metadata"]["name"], {"preconditions": {"uid": secret["metadata"]["uid"]}})
 
     async def ping(self) -> None:
         await self._ask("GET", self._cluster.path("jobs"), query={**self._ours, "limit": 1})
@@ -272,7 +290,7 @@ class KubernetesLauncher:
         except LauncherUnavailable as error:
             error.acted = True  # whatever came of this call: the Job is there
             raise
-        return self._handle(job)
+        return self._handle(job, job["spec"]["template"]["spec"])
 
     async def _existing(self, runner_id: str, wanted: Json, refused: Refused) -> Json:
         """Read the Job that has our name: it is ours, or the launch is impossible.
@@ -317,16 +335,16 @@ class KubernetesLauncher:
             return LaunchRejected(f"namespace {self._cluster.namespace} is missing: {text}", Reason.CONFIG_ERROR)
         return LaunchRejected(text)
 
-    def _handle(self, job: Json) -> Handle:
-        held = jobs.limits(job)
+    def _handle(self, item: Json, spec: Json) -> Handle:
+        """Read a handle of a Job, or of a pod that lost it, and of the pod's specification."""
+        labels, held = item["metadata"]["labels"], jobs.limits(spec)
         return Handle(
-            runner_id=job["metadata"]["labels"][jobs.RUNNER],
-            job_name=job["metadata"]["name"],
+            runner_id=labels[jobs.RUNNER],
+            job_name=jobs.job_name(labels[jobs.RUNNER]),
             enforced_by=Enforcement(
                 cpu="engine" if "cpu" in held else "none", memory_mib="engine" if "memory" in held else "none"
             ),
             isolation="container",
-            ref=job["metadata"]["uid"],
         )
 
     # Observing.
@@ -346,16 +364,22 @@ class KubernetesLauncher:
 
     async def _observe(self, runner_id: str) -> dict[str, Observation]:
         """Look at a runner; if its end is ours to decide, decide it and look again."""
-        for _ in range(2):
+        for _ in range(3):
             job = await self._job(runner_id)
             known = self._known(runner_id)
             if job is None and not known:
                 return {runner_id: Gone()}
-            seen = pods.look(job, known, self._last.get(runner_id), self._told_of(job, known), time.time())
+            told = {**self._told_of(job, known), **self._fates.get(runner_id, {})}
+            seen = pods.look(job, known, self._last.get(runner_id), told, time.time())
             match seen:
                 case Held() if job and self._hopeless(runner_id, seen):
                     end = Exit(reason=seen.reason, message=seen.problem, stopped=False)
                     await self._conclude(job, end)
+                case Withdraw():
+                    if job:
+                        await self._mark(job, {}, {"spec": {"parallelism": 0}})
+                case Conclude(exit=end) | Exited(exit=end) if job and await self._learned_more(job, known, end):
+                    pass
                 case Conclude(exit=end):
                     if job and (known or not await self._look_for_pods(runner_id)):
                         await self._conclude(job, end)
@@ -364,6 +388,24 @@ class KubernetesLauncher:
                 case Starting() | Running() | Exited() | Gone():
                     return {runner_id: seen}
         return {}
+
+    async def _learned_more(self, job: Job, known: Sequence[Pod], end: Exit) -> bool:
+        """Ask the events, once, why a pod was deleted that does not tell itself; says whether there is more to go by."""
+        if job.end or not pods.unexplained(end) or job.runner_id in self._fates:
+            return False
+        last, there = self._last.get(job.runner_id), {pod.uid for pod in known}
+        about = {job.first_pod: f"uid={job.first_pod}"} if job.first_pod and job.first_pod not in there else {}
+        gone = [last] if last and last.uid not in there else []
+        for pod in [*gone, *(pod for pod in known if pod.deleted)]:
+            about[pod.uid] = f"name={pod.name}"  # not all who write events know uids
+        fates: dict[str, list[Warned]] = {}
+        for uid, which in about.items():
+            query = {"fieldSelector": f"involvedObject.{which}"}
+            items = (await self._ask("GET", self._cluster.path("events"), query))["items"]
+            fates[uid] = [pods.read_warning(item) for item in items]
+        if fates:
+            self._fates[job.runner_id] = fates
+        return bool(fates)
 
     def _hopeless(self, runner_id: str, held: Held) -> bool:
         """Whether a runner was held up by the same cause for longer than there is hope."""
@@ -379,22 +421,30 @@ class KubernetesLauncher:
         name = jobs.job_name(runner_id)
         if name in self._jobs.objects:
             return self._jobs.objects[name]
-        try:
-            job = await self._cluster.call("GET", self._cluster.path("jobs", name))
-        except Refused as refused:
-            if refused.status == _NOT_FOUND:
-                return None
-            raise LauncherUnavailable(str(refused)) from refused
-        if job["metadata"].get("labels", {}).get(jobs.INSTALLATION) != jobs.label_value(self._installation):
+        job = await self._find("jobs", name)
+        if job is None:
             return None
         self._jobs.put(job)
         return pods.read_job(job)
 
+    async def _find(self, kind: str, name: str) -> Json | None:
+        """Read an object that is ours; None if there is none, or it is somebody else's."""
+        try:
+            found = await self._cluster.call("GET", self._cluster.path(kind, name))
+        except Refused as refused:
+            if refused.status == _NOT_FOUND:
+                return None
+            raise LauncherUnavailable(str(refused)) from refused
+        ours = found["metadata"].get("labels", {}).get(jobs.INSTALLATION) == jobs.label_value(self._installation)
+        return found if ours else None
+
+    def _ours_of(self, runner_id: str) -> dict[str, str]:
+        return {"labelSelector": f"{jobs.RUNNER}={jobs.label_value(runner_id)},{self._ours['labelSelector']}"}
+
     async def _look_for_pods(self, runner_id: str) -> bool:
         """Ask the API where no pod is known: the copy may be late, and the pod just made. Says whether there is one."""
         if not self._known(runner_id):
-            query = {"labelSelector": f"{jobs.RUNNER}={jobs.label_value(runner_id)},{self._ours['labelSelector']}"}
-            for item in (await self._ask("GET", self._cluster.path("pods"), query))["items"]:
+            async for item in self._pages("pods", self._ours_of(runner_id)):
                 self._pods.put(item)
         return bool(self._known(runner_id))
 
@@ -576,7 +626,8 @@ class KubernetesLauncher:
             if not known:
                 self._pods_of.pop(before.runner_id, None)
             self._about.pop(before.uid, None)
-            if jobs.job_name(before.runner_id) in self._jobs.objects:
+            job = self._jobs.objects.get(jobs.job_name(before.runner_id))
+            if job and job.first_pod in {None, before.uid}:
                 self._last.setdefault(before.runner_id, before)
             self._hint(before.runner_id)
 

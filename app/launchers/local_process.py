@@ -95,14 +95,17 @@ class LocalProcessLauncher:
             if start:
                 with contextlib.closing(start):
                     await _start_shim(start, spec.working_dir)
-            run = await self._find(runner_id)
-            if run is None:
-                words = await _in_thread(place.last_words)
-                raise LauncherUnavailable(f"the shim of {runner_id} did not start: {words}")
+            return (await self._launched(place)).handle
         except LauncherUnavailable as error:
             error.acted = True  # there is a run directory, and maybe a shim that lives
             raise
-        return run.handle
+
+    async def _launched(self, place: RunDirectory) -> _Run:
+        run = await self._find(place.runner_id)
+        if run is None:
+            words = await _in_thread(place.last_words)
+            raise LauncherUnavailable(f"the shim of {place.runner_id} did not start: {words}")
+        return run
 
     async def observe(self, handles: Sequence[Handle]) -> Mapping[str, Observation]:
         seen: dict[str, Observation] = {}

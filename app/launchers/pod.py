@@ -44,6 +44,9 @@ _NOT_FOUND = re.compile(
 )
 _QUOTA = re.compile(r"exceeded quota|failed quota", re.IGNORECASE)
 _ABSENT = re.compile(r"not found", re.IGNORECASE)
+_UNANSWERED = re.compile(r"Error creating: (Internal error occurred|Timeout|etcdserver): ")
+"""What the Job controller is told where something that the API asks, such as a webhook, did not answer it."""
+
 _ENGINE = re.compile(r"^[a-z-]+://")
 """What old kubelets put before an image: ``docker-pullable://`` where it has a digest, ``docker://`` before its id."""
 _NOW = {"InvalidImageName": Reason.CONFIG_ERROR, "ErrImageNeverPull": Reason.IMAGE_NOT_FOUND}
@@ -69,11 +72,16 @@ _POD_REASONS = {
     "NodeAffinity": Reason.UNSCHEDULABLE,
     "NodePorts": Reason.UNSCHEDULABLE,
 }
+_EVENTS = {
+    ("Preempted", ""): Reason.PREEMPTED,
+    ("TaintManagerEviction", "Marking for deletion"): Reason.NODE_LOST,
+}
+"""Events about a pod, by their reason and how they begin, that tell why it was deleted where the pod itself does not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Warned:
-    """The last warning of one kind about a pod or a Job."""
+    """The last event of one kind about a pod or a Job; a warning, or what explains a deletion."""
 
     about: str
     reason: str
@@ -105,7 +113,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pod:
-    """What we keep of a pod; states as the API writes them. ``deadline`` is when the kubelet ends it."""
+    """What we keep of a pod; states as the API writes them. ``deadline`` is when the kubelet ends it.
+
+    ``silent``: the cluster has not heard of its node for so long that it takes it for not ready.
+    """
 
     name: str
     uid: str
@@ -113,6 +124,7 @@ class Pod:
     job: str | None
     created_at: float
     deleted: bool
+    silent: bool
     phase: str
     reason: str | None
     message: str | None
@@ -166,6 +178,14 @@ class Conclude:
     exit: Exit
 
 
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Kubernetes started a second pod while the first lives: the Job is to have none, and the first tells the end."""
+
+
+Judgement = Observation | Held | Conclude | Withdraw
+
+
 def read_job(job: Json) -> Job:
     """Keep what matters of a Job."""
     metadata, spec, status = job["metadata"], job["spec"], job.get("status", {})
@@ -213,6 +233,7 @@ def read_pod(pod: Json) -> Pod:
         job=next((owner["uid"] for owner in metadata.get("ownerReferences") or [] if owner["kind"] == "Job"), None),
         created_at=seconds(metadata["creationTimestamp"]),
         deleted="deletionTimestamp" in metadata,
+        silent=_silent(conditions),
         phase=status.get("phase", "Pending"),
         reason=status.get("reason"),
         message=status.get("message"),
@@ -227,6 +248,13 @@ def read_pod(pod: Json) -> Pod:
         state=_state(runner),
         inits=tuple((one["name"], one["state"]) for one in status.get("initContainerStatuses") or [] if one.get("state")),
     )
+
+
+def _silent(conditions: Mapping[str, Json]) -> bool:
+    """Whether somebody else than the kubelet calls a pod not ready: it would say so of the containers too."""
+    pod, containers = conditions.get("Ready", {}), conditions.get("ContainersReady", {})
+    by_gates = pod.get("reason") == "ReadinessGatesNotReady"
+    return pod.get("status") == "False" and containers.get("status") == "True" and not by_gates
 
 
 def read_warning(event: Json) -> Warned:
@@ -248,28 +276,39 @@ def written(end: Exit) -> str:
 
 
 def look(
-    job: Job | None, pods: Sequence[Pod], last: Pod | None, warnings: Mapping[str, Sequence[Warned]], now: float
-) -> Observation | Held | Conclude:
-    """Say what became of a runner. ``last`` is its pod as it was last seen, where it is there no more."""
+    job: Job | None, pods: Sequence[Pod], last: Pod | None, told: Mapping[str, Sequence[Warned]], now: float
+) -> Judgement:
+    """Say what became of a runner. ``last`` is its pod as it was last seen, where it is there no more.
+
+    ``told`` is what events tell of the Job and its pods, by their uid.
+    """
     alive = [pod for pod in pods if not is_over(pod, now)]
     if job and job.end:
         if running := next((pod for pod in alive if pod.started), None):
             return Running(running.place)
         return Starting(job.end.message) if alive else Exited(job.end)
     if not pods:
-        return _without_pod(job, last, warnings, now) if job else Held()
+        return _without_pod(job, last, told, now) if job else Held()
     pods = sorted(pods, key=lambda pod: pod.created_at)
     first = next((pod for pod in pods if job and pod.uid == job.first_pod), pods[0])
     if job and (len(pods) > 1 or job.first_pod not in {None, first.uid}):
-        return _second(job, pods, last, now)
+        return _second(job, pods, last, told, now)
     if not alive:
-        return Exited(_end(first, stopped=_stopped(job, first)), first.place)
+        return Exited(_noted(job, _end(first, told, stopped=_stopped(job, first))), first.place)
     if first.started:
         return Running(first.place)
-    return _held(job, first, warnings.get(first.uid, ()))
+    return _held(job, first, told.get(first.uid, ()))
 
 
-def _second(job: Job, pods: Sequence[Pod], last: Pod | None, now: float) -> Conclude:
+def unexplained(end: Exit) -> bool:
+    """Whether a runner's end is neither its own doing nor ours, and nothing yet tells whose it is."""
+    known = end.stopped or end.code == 0 or end.oom_killed
+    return not known and end.reason in {None, Reason.DELETED, Reason.LOST}
+
+
+def _second(
+    job: Job, pods: Sequence[Pod], last: Pod | None, told: Mapping[str, Sequence[Warned]], now: float
+) -> Running | Starting | Conclude | Withdraw:
     """Say how a runner ended of which Kubernetes started a second pod: as its first pod did."""
     first = next((pod for pod in pods if pod.uid == job.first_pod), None) or (
         last if last and last.uid == job.first_pod else None
@@ -277,29 +316,44 @@ def _second(job: Job, pods: Sequence[Pod], last: Pod | None, now: float) -> Conc
     if first is None and job.first_pod is None:
         first = pods[0]
     others = ", ".join(pod.name for pod in pods if first is None or pod.uid != first.uid)
-    told = f"Kubernetes started a second pod, {others}, which was ended"
-    if first and "terminated" in first.state and is_over(first, now):
-        return Conclude(_end(first, stopped=_stopped(job, first)))
-    end = _vanished(first, stopped=_asked(job))
-    return Conclude(replace(end, message=f"{end.message}; {told}"))
+    note = f"Kubernetes started a second pod, {others}, which was ended"
+    if first and first in pods and not is_over(first, now):
+        if job.parallelism:
+            return Withdraw()
+        return Running(first.place) if first.started else Starting(note)
+    if first and is_over(first, now):
+        return Conclude(_with(note, _end(first, told, stopped=_stopped(job, first))))
+    return Conclude(_with(note, _vanished(first, told, stopped=_asked(job))))
 
 
-def _without_pod(job: Job, last: Pod | None, warnings: Mapping[str, Sequence[Warned]], now: float) -> Held | Conclude:
-    never = job.parallelism == 0 and not job.first_pod
+def _noted(job: Job | None, end: Exit) -> Exit:
+    """Add to an end that a second pod was noticed before it: only then is a Job withdrawn that nobody stops."""
+    if job is None or job.parallelism or _asked(job):
+        return end
+    return _with("Kubernetes started a second pod, which was ended", end)
+
+
+def _with(note: str, end: Exit) -> Exit:
+    return replace(end, message=f"{end.message}; {note}" if end.message else note)
+
+
+def _without_pod(job: Job, last: Pod | None, told: Mapping[str, Sequence[Warned]], now: float) -> Held | Conclude:
+    never = job.parallelism == 0 and not job.first_pod and _asked(job)
     if last and last.job == job.uid and "terminated" in last.state:
-        return Conclude(_end(last, stopped=_stopped(job, last)))
+        return Conclude(_noted(job, _end(last, told, stopped=_stopped(job, last))))
     if last and last.job == job.uid and not (never and "running" not in last.state):
-        return Conclude(_vanished(last, stopped=_asked(job)))
+        return Conclude(_noted(job, _vanished(last, told, stopped=_asked(job))))
     if job.succeeded:
         return Conclude(Exit(code=0, message="its pod was gone before it could be read; the Job says that it succeeded"))
     if job.failed:
-        text = f"its pod was gone before it could be read; the Job says {job.failed}"
-        return Conclude(Exit(reason=Reason.LOST, message=text, stopped=_asked(job) or None))
-    if job.first_pod:
-        return Conclude(_vanished(None, stopped=_asked(job)))
+        reason, words = _event(told) or (Reason.LOST, f"the Job says {job.failed}")
+        text = f"its pod was gone before it could be read: {words}"
+        return Conclude(Exit(reason=reason, message=text, stopped=_asked(job) or None))
     if never:
         return Conclude(Exit(stopped=True, message="ended before it started"))
-    refusals = [warned for warned in warnings.get(job.uid, ()) if warned.reason == "FailedCreate"]
+    if job.first_pod or job.parallelism == 0:
+        return Conclude(_noted(job, _vanished(None, told, stopped=_asked(job))))
+    refusals = [warned for warned in told.get(job.uid, ()) if warned.reason == "FailedCreate"]
     if refusals:
         return _refused(job, max(refusals, key=lambda warned: warned.at).message)
     late = now - job.created_at > NO_POD_SECONDS
@@ -310,12 +364,15 @@ def _asked(job: Job) -> bool:
     return job.stopped or job.stopping_at is not None
 
 
-def _stopped(job: Job | None, pod: Pod) -> bool:
+def _stopped(job: Job | None, pod: Pod) -> bool | None:
     """Say whether our stop came before a program's end; where a service died in the middle of it, only the times tell.
 
-    A kubelet tells whole seconds: of an end within the second of our stop it is said that it came of that.
+    A kubelet tells whole seconds: of an end within the second of our stop it is said that it came of that. Without its Job,
+    on which a stop is written, nothing here tells.
     """
-    if job is None or not _asked(job):
+    if job is None:
+        return None
+    if not _asked(job):
         return False
     finished = pod.state.get("terminated", {}).get("finishedAt")
     if job.stopped or job.stopping_at is None or not finished:
@@ -327,6 +384,10 @@ def _refused(job: Job, message: str) -> Held:
     problem = f"its pod is refused: {message}"
     if _QUOTA.search(message):
         return Held(problem=problem, cause="quota", reason=Reason.QUOTA_EXCEEDED, patience=job.launch_timeout * _PASSING)
+    if _UNANSWERED.search(message):
+        problem = f"its pod cannot be made: {message}"
+        patience = job.launch_timeout * _PASSING
+        return Held(problem=problem, cause="unanswered", reason=Reason.ENGINE_UNAVAILABLE, patience=patience)
     reason = Reason.CONFIG_ERROR if _ABSENT.search(message) else Reason.LAUNCH_REJECTED
     return Held(problem=problem, cause="refused", reason=reason, patience=SETTLE_SECONDS)
 
@@ -371,10 +432,10 @@ def is_over(pod: Pod, now: float) -> bool:
     return pod.over or (pod.phase == "Failed" and "running" in pod.state and pod.reason in {"Evicted", "NodeLost"})
 
 
-def _end(pod: Pod, *, stopped: bool) -> Exit:
+def _end(pod: Pod, told: Mapping[str, Sequence[Warned]], *, stopped: bool | None) -> Exit:
     """Say how a pod's main process ended."""
     ended = pod.state.get("terminated")
-    disruption = _disruption(pod)
+    disruption = _disruption(pod, told)
     if not ended:
         failed = next(((name, state["terminated"]) for name, state in pod.inits if _failed(state)), None)
         if failed and pod.reason not in _POD_REASONS:
@@ -408,16 +469,16 @@ def _failed(state: Json) -> bool:
     return bool(state.get("terminated", {}).get("exitCode"))
 
 
-def _vanished(pod: Pod | None, *, stopped: bool) -> Exit:
+def _vanished(pod: Pod | None, told: Mapping[str, Sequence[Warned]], *, stopped: bool) -> Exit:
     """Say how a runner ended whose pod is there no more, and never told."""
-    reason, text = (pod and _disruption(pod)) or (Reason.DELETED, "deleted, not by us")
+    reason, text = (_disruption(pod, told) if pod else _event(told)) or (Reason.DELETED, "deleted, not by us")
     name = pod.name if pod else "its pod"
     if stopped:
         return Exit(stopped=True, message=f"pod {name} was deleted to end it, and gone before its end was read")
     return Exit(reason=reason, message=f"pod {name} was gone before its end was read: {text}", stopped=False)
 
 
-def _disruption(pod: Pod) -> tuple[Reason, str] | None:
+def _disruption(pod: Pod, told: Mapping[str, Sequence[Warned]]) -> tuple[Reason, str] | None:
     """Give what befell a pod from outside, in the cluster's words."""
     if pod.disruption and pod.disruption[0] in _DISRUPTIONS:
         return _DISRUPTIONS[pod.disruption[0]], ": ".join(filter(None, pod.disruption))
@@ -426,6 +487,17 @@ def _disruption(pod: Pod) -> tuple[Reason, str] | None:
         known = known or (Reason.UNSCHEDULABLE if pod.reason.startswith("OutOf") else None)
         if known:
             return known, ": ".join(filter(None, (pod.reason, pod.message)))
+    if event := _event({pod.uid: told.get(pod.uid, ())}):
+        return event
+    return (Reason.NODE_LOST, f"nothing was heard of its node {pod.node} any more") if pod.silent else None
+
+
+def _event(told: Mapping[str, Sequence[Warned]]) -> tuple[Reason, str] | None:
+    """Give what befell a pod by the events about it."""
+    for one in (one for about in told.values() for one in about):
+        for (reason, beginning), why in _EVENTS.items():
+            if one.reason == reason and one.message.startswith(beginning):
+                return why, f"{one.reason}: {one.message}"
     return None
 
 

@@ -28,6 +28,8 @@ Json = dict[str, Any]
 
 IMAGE = os.environ.get("RUNNER_LAUNCHER_TEST_IMAGE", "busybox:latest")
 MANAGED = "app.kubernetes.io/managed-by=runner-launcher"
+SESSION = "runner-launcher-test"
+"""A label of the namespace of a session of tests: its own name."""
 RBAC = Path(__file__).parents[2] / "deploy/kubernetes/rbac.yaml"
 
 
@@ -141,8 +143,9 @@ class Door:
 
 async def address_for_pods(owner: World) -> str:
     """Give an address of this machine that the cluster's node reaches, and so its pods."""
-    [node, *_] = (await owner.call("GET", "/api/v1/nodes"))["items"]
-    inside = next(each["address"] for each in node["status"]["addresses"] if each["type"] == "InternalIP")
+    nodes = (await owner.call("GET", "/api/v1/nodes"))["items"]
+    addresses = [address for node in nodes for address in node["status"].get("addresses", [])]
+    inside = next(each["address"] for each in addresses if each["type"] == "InternalIP")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((inside, 9))  # sends nothing
         address: str = probe.getsockname()[0]
@@ -240,7 +243,7 @@ async def _configuration() -> Configuration:
 async def _up(name: str) -> tuple[World, Json]:
     """Make a namespace with the launcher's own role in it, and give its service account's credentials."""
     world = World(await _configuration(), name)
-    await world.call("POST", "/api/v1/namespaces", {"metadata": {"name": name, "labels": {"runner-launcher-test": "yes"}}})
+    await world.call("POST", "/api/v1/namespaces", {"metadata": {"name": name, "labels": {SESSION: name}}})
     for document in yaml.safe_load_all(RBAC.read_text().replace("necrocode-agents", name)):
         kind = document["kind"].lower() + "s"
         await world.call("POST", kind, document)
