@@ -12,10 +12,11 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
+from app.database import Fence
 from app.errors import NotOwner, Unavailable
 from app.pools import bound_to_node
 from app.runner import Runner
-from app.store import Fence, Store
+from app.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,11 @@ class Ownership:
 
     def fence(self, runner: Runner) -> Fence | None:
         """Give what a write about a runner is conditional on. Raises NotOwner."""
-        return self._lease(_key(runner)).fence if self._store.shared else None
+        return self.fence_of(_key(runner))
+
+    def fence_of(self, key: str) -> Fence | None:
+        """Give what a write under this key is conditional on. Raises NotOwner."""
+        return self._lease(key).fence if self._store.shared else None
 
     def owning(self, runner: Runner) -> AbstractAsyncContextManager[None]:
         """Act on a runner, as ``holding`` does."""

@@ -3,10 +3,10 @@
     python tests/crash/replicas.py --rounds 50 --database postgresql://... [--kind kubernetes | local-process] [--seed N]
                                    [--fault frozen]... [--restart-database COMMAND]
 
-Launches are asked of either replica, and so are their ends. In each round something befalls one replica, as a rule at a random
-instant: it is *killed*, and stays away for a while; it is *frozen* (SIGSTOP), also at a named point of its code (service.py),
-until the other acts for it, and goes on where it was; it is *cut off* from the database, but not from the engine; or what the
-two say to each other is *held* and delivered later. Or the database is restarted. The judge is that of the crash test.
+Launches are asked of either replica, and so are their ends. In each round something befalls one replica at a random instant:
+it is *killed*, and stays away for a while; it is *frozen* (SIGSTOP), also at a named point of its code (service.py), until
+the other acts for it, and goes on where it was; it is *cut off* from the database, but not from the engine; or what the two
+say to each other is *held* and delivered later. Or the database is restarted. The judge is that of the crash test.
 """
 
 import argparse
@@ -344,7 +344,7 @@ async def main() -> int:
     parser.add_argument("--kind", default="docker", choices=[*WORLDS])
     parser.add_argument("--database", required=True, help="an empty database, or a schema in its search path")
     parser.add_argument("--restart-database", help="a command that restarts its server")
-    parser.add_argument("--fault", action="append", choices=FAULTS, help="what befalls replicas: this alone, or these in turn")
+    parser.add_argument("--fault", action="append", choices=FAULTS, help="what befalls them: this alone, or these in turn")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     options = parser.parse_args()
     rng = random.Random(options.seed)  # noqa: S311 - a schedule, to be repeated by its seed
