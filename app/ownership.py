@@ -48,6 +48,7 @@ class Ownership:
         self._wanted = {_node_key(node)}
         self._leases: dict[str, _Lease] = {}
         self._gained: list[Callable[[str], None]] = []
+        self._lost: list[Callable[[str], None]] = []
         self._again = asyncio.Event()
         self._claiming: asyncio.Task[None] | None = None
         store.heed(self._heard)
@@ -73,6 +74,10 @@ class Ownership:
     def on_gain(self, listener: Callable[[str], None]) -> None:
         """Call this with every key that comes to be held."""
         self._gained.append(listener)
+
+    def on_loss(self, listener: Callable[[str], None]) -> None:
+        """Call this with every key that is found to be held no longer, save at a clean end."""
+        self._lost.append(listener)
 
     def home(self, engine: str) -> str | None:
         """Name the node to which runners of an engine are bound; None: any replica may serve them."""
@@ -176,6 +181,8 @@ class Ownership:
         for limit in self._leases.pop(key).limits:
             if not limit.expired():
                 limit.reschedule(0)
+        for listener in self._lost:
+            listener(key)
 
     def _heard(self, text: str) -> None:
         if text == RELEASED:
