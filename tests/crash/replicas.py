@@ -1,7 +1,7 @@
 """The crash test of two replicas: they share a database and an engine, and fail in turn with launches in flight.
 
     python tests/crash/replicas.py --rounds 50 --database postgresql://... [--kind kubernetes | local-process] [--seed N]
-                                   [--fault frozen]... [--restart-database COMMAND]
+                                   [--fault frozen | --fault "frozen at stop-called"]... [--restart-database COMMAND]
 
 Launches are asked of either replica, and so are their ends. In each round something befalls one replica at a random instant:
 it is *killed*, and stays away for a while; it is *frozen* (SIGSTOP), also at a named point of its code (service.py), until
@@ -56,6 +56,7 @@ POINTS = (
 )
 """Where a replica may be frozen: with an order to the engine about to be sent, or what it knows about to be written."""
 
+AT = "frozen at "
 FAULTS = ("killed", "frozen", "cut off", "held")
 DATABASE = "database restarted"
 SETTLE_SECONDS = 120.0
@@ -155,7 +156,7 @@ class Replica(Service):
         except TimeoutError:
             self.freeze()
             return "frozen"
-        return f"frozen at {point}"
+        return AT + point
 
     @property
     def _trap(self) -> Path:
@@ -230,6 +231,7 @@ class Round:
     def __init__(self, service: Replicas, number: int, rng: random.Random, verdict: Verdict) -> None:
         self._service = service
         self._victim = service.each[number % 2]
+        self._patient = number % 3 == 0
         self._rng = rng
         self._verdict = verdict
         self._flying = 0
@@ -250,8 +252,8 @@ class Round:
         trap = None
         if fault.startswith("frozen"):
             self._victim = await self._service.owner() or self._victim
-        if fault.startswith("frozen at "):
-            trap = asyncio.create_task(self._victim.freeze_at(fault.removeprefix("frozen at ")))
+        if fault.startswith(AT):
+            trap = asyncio.create_task(self._victim.freeze_at(fault.removeprefix(AT)))
         await self._launch()
         if not trap:
             await asyncio.sleep(self._rng.uniform(0, 1.5))
@@ -314,7 +316,7 @@ class Round:
         else:
             if not await self._service.taken_over_from(victim):
                 self._verdict.fault("lost", f"after {fault}: nobody acts for it after {TAKE_OVER_SECONDS:g} s")
-            if self._rng.random() < 1 / 3:
+            if self._patient:
                 await asyncio.wait(self._dispatchers, timeout=SETTLE_SECONDS / 2)
             await asyncio.sleep(self._rng.choice([0, self._rng.uniform(0, LATE_SECONDS)]))
         victim.thaw()
@@ -331,11 +333,9 @@ class Round:
 
 
 def faults(wanted: list[str] | None, restart: str | None) -> list[str]:
-    """Give the faults of a whole turn: each often, and freezing also at every point."""
-    kinds = wanted or [*FAULTS, *([DATABASE] if restart else [])]
-    if "frozen" not in kinds:
-        return kinds
-    return [fault for point in POINTS for fault in (*kinds, f"frozen at {point}")]
+    """Give the faults of a whole turn: what was wished for, or each often and freezing at every point."""
+    kinds = [*FAULTS, *([DATABASE] if restart else [])]
+    return wanted or [fault for point in POINTS for fault in (AT + point, *kinds)]
 
 
 async def main() -> int:
@@ -344,7 +344,12 @@ async def main() -> int:
     parser.add_argument("--kind", default="docker", choices=[*WORLDS])
     parser.add_argument("--database", required=True, help="an empty database, or a schema in its search path")
     parser.add_argument("--restart-database", help="a command that restarts its server")
-    parser.add_argument("--fault", action="append", choices=FAULTS, help="what befalls them: this alone, or these in turn")
+    parser.add_argument(
+        "--fault",
+        action="append",
+        choices=[*FAULTS, *(AT + point for point in POINTS)],
+        help="what befalls them: this alone, or these in turn",
+    )
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     options = parser.parse_args()
     rng = random.Random(options.seed)  # noqa: S311 - a schedule, to be repeated by its seed
@@ -353,7 +358,7 @@ async def main() -> int:
     turn = faults(options.fault, options.restart_database)
     each = [Replica(home, world, name, options.database) for name in NAMES]
     service = Replicas(home, world, each, options.database, rng)
-    verdict = Verdict(f"{options.kind}, two replicas", turn)
+    verdict = Verdict(f"{options.kind}, two replicas", [*turn, "frozen"])
     number = 0
     try:
         await world.open()
