@@ -8,6 +8,7 @@ goes away cannot recall a write, nothing here depends on it staying.
 
 import asyncio
 import contextlib
+import functools
 import logging
 import queue
 import secrets
@@ -26,9 +27,9 @@ from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError
 from sqlalchemy.pool import QueuePool
 
 from app import postgres
-from app.errors import ConfigurationError, Unavailable
+from app.errors import ConfigurationError, NotOwner, Unavailable
 from app.events import Change
-from app.schema import HEAD, replicas
+from app.schema import HEAD, leases, replicas
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,16 @@ START_SECONDS = 2.0
 
 T = TypeVar("T")
 Write = Callable[[Connection, list[Change]], T]
+
+_GENERATION = sa.select(leases.c.generation).where(leases.c.key == sa.bindparam("lease"))
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """The lease that a write is made under; it is refused once somebody else has taken the lease."""
+
+    key: str
+    generation: int
 
 
 class Database:
@@ -158,10 +169,15 @@ class Database:
         except DBAPIError as error:
             raise Unavailable(f"the store cannot be read: {error.orig}", code="store-unavailable") from error
 
-    async def write(self, write: Write[T], touch: Callable[[], None] | None = None) -> T:
-        """Write something; once it is committed ``touch`` is called. Raises Unavailable, and what the write raises."""
+    async def write(self, write: Write[T], touch: Callable[[], None] | None = None, *, fence: Fence | None = None) -> T:
+        """Write something under a lease; once it is committed ``touch`` is called.
+
+        Raises Unavailable, NotOwner where the lease is somebody else's, and what the write raises.
+        """
         if self._closed:
             raise Unavailable("the store is closed", code="store-unavailable")
+        if fence:
+            write = functools.partial(_fenced, fence, write)
         pending = _Pending(write, self._loop.create_future(), touch)
         self._writes.put(pending)
         return await asyncio.shield(pending.future)
@@ -384,6 +400,12 @@ def _migrate(engine: Engine) -> None:
         config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def _fenced(fence: Fence, write: Write[T], connection: Connection, changes: list[Change]) -> T:
+    if connection.execute(_GENERATION, {"lease": fence.key}).scalar() != fence.generation:
+        raise NotOwner(f"another replica owns {fence.key}")
+    return write(connection, changes)
 
 
 def _name_batch(connection: Connection, replica: str, name: str) -> None:

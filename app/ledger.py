@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from app.database import Database
+from app.database import Database, Fence, Write
 from app.events import Change
 from app.schema import webhook_arrears, webhook_targets
 
@@ -27,10 +27,11 @@ class Arrears:
 
 
 class Ledger:
-    """The places and arrears of all targets."""
+    """The places and arrears of all targets. Writes raise NotOwner once the lease they are made under is somebody else's."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, fence: Fence | None = None) -> None:
         self._database = database
+        self._fence = fence
 
     async def place(self, target: str) -> tuple[int | None, bool]:
         """Give the revision up to which a target was told all but its arrears, None if never, and whether it is gone."""
@@ -47,7 +48,7 @@ class Ledger:
             if connection.execute(row.values(values)).rowcount == 0:
                 connection.execute(sa.insert(webhook_targets).values(name=target, **values))
 
-        await self._database.write(write)
+        await self._write(write)
 
     async def arrears(self, target: str) -> list[Arrears]:
         """Give what a target is owed, the oldest first."""
@@ -63,11 +64,14 @@ class Ledger:
             connection.execute(_arrears_of(target, arrears.runner_id))
             connection.execute(sa.insert(webhook_arrears).values(target=target, **asdict(arrears)))
 
-        await self._database.write(write)
+        await self._write(write)
 
     async def settle(self, target: str, runner_id: str) -> None:
         """Note that a target is owed nothing of a runner any more."""
-        await self._database.write(lambda connection, _: connection.execute(_arrears_of(target, runner_id)))
+        await self._write(lambda connection, _: connection.execute(_arrears_of(target, runner_id)))
+
+    async def _write(self, write: Write[object]) -> None:
+        await self._database.write(write, fence=self._fence)
 
 
 def _arrears_of(target: str, runner_id: str) -> sa.Delete:

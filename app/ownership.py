@@ -12,10 +12,11 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
+from app.database import Fence
 from app.errors import NotOwner, Unavailable
 from app.pools import bound_to_node
 from app.runner import Runner
-from app.store import Fence, Store
+from app.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Ownership:
         self._wanted = {_node_key(node)}
         self._leases: dict[str, _Lease] = {}
         self._gained: list[Callable[[str], None]] = []
+        self._lost: list[Callable[[str], None]] = []
         self._again = asyncio.Event()
         self._claiming: asyncio.Task[None] | None = None
         store.heed(self._heard)
@@ -73,6 +75,10 @@ class Ownership:
         """Call this with every key that comes to be held."""
         self._gained.append(listener)
 
+    def on_loss(self, listener: Callable[[str], None]) -> None:
+        """Call this with every key that is found to be held no longer, save at a clean end."""
+        self._lost.append(listener)
+
     def home(self, engine: str) -> str | None:
         """Name the node to which runners of an engine are bound; None: any replica may serve them."""
         return self.node if self._store.shared and bound_to_node(engine) else None
@@ -96,7 +102,11 @@ class Ownership:
 
     def fence(self, runner: Runner) -> Fence | None:
         """Give what a write about a runner is conditional on. Raises NotOwner."""
-        return self._lease(_key(runner)).fence if self._store.shared else None
+        return self.fence_of(_key(runner))
+
+    def fence_of(self, key: str) -> Fence | None:
+        """Give what a write under this key is conditional on. Raises NotOwner."""
+        return self._lease(key).fence if self._store.shared else None
 
     def owning(self, runner: Runner) -> AbstractAsyncContextManager[None]:
         """Act on a runner, as ``holding`` does."""
@@ -171,6 +181,8 @@ class Ownership:
         for limit in self._leases.pop(key).limits:
             if not limit.expired():
                 limit.reschedule(0)
+        for listener in self._lost:
+            listener(key)
 
     def _heard(self, text: str) -> None:
         if text == RELEASED:

@@ -63,6 +63,12 @@ GRACE_SECONDS = 600.0
 SKEW_SECONDS = 5.0
 """How far the clocks of two replicas may be apart."""
 
+LATE_SECONDS = 5.0
+"""How long an order may be on its way that a replica gave when it was the owner no longer: one that was frozen, say."""
+
+QUEUE, SWEEP = "queue ", "sweep "
+"""What precedes the name of a pool whose queue wants a look, and the key of engines that are to be swept."""
+
 BACKOFF_SECONDS = (0.2, 10.0)
 """The first and the longest pause before an engine that did not answer is asked again."""
 
@@ -126,7 +132,8 @@ class Reconciler:
         self._working: set[asyncio.Task[None]] = set()
         feed.listen(self._changed)
         store.heed(self._heard)
-        ownership.on_gain(self._gained)
+        ownership.on_gain(lambda key: self._begin(self._take_over(key)))
+        ownership.on_loss(lambda key: self._begin(self._hand_over(key)))
 
     async def start(self) -> None:
         """Take up every runner that needs something, and keep at it.
@@ -157,11 +164,10 @@ class Reconciler:
         """Look at a runner now."""
         self._queue.add(runner_id)
 
-    async def wake_queued(self, pool_name: str) -> None:
-        """Look at the first that waits for a place in this pool: there may be one now."""
-        for runner_id in (await self._store.queued(pool_name))[:1]:
-            self._queue.add(runner_id)
-            await self._store.hint(runner_id)
+    async def wake_queue(self, pool_name: str) -> None:
+        """Look at the first that waits for a place in this pool, whoever acts on it: there may be one now."""
+        self._queue.add(QUEUE + pool_name)
+        await self._store.hint(QUEUE + pool_name)
 
     async def launcher(self, engine: str) -> Launcher:
         """Give the launcher of an engine, opened at first use. Raises LaunchRejected."""
@@ -205,25 +211,47 @@ class Reconciler:
 
     def _changed(self, change: Change) -> None:
         self._queue.add(change.runner.runner_id)
+        if self._makes_room(change):
+            self._queue.add(QUEUE + change.runner.pool_name)
+
+    def _makes_room(self, change: Change) -> bool:
+        """Whether the first that waits for a place in the pool may have one now, or is another one now."""
+        event, pool = change.event, self._pools().get(change.runner.pool_name)
+        if event.type == "started":
+            return bool(pool and pool.config.launching_limit)
+        return event.from_phase is Phase.QUEUED or (
+            event.to_phase is Phase.FINISHED and event.from_phase is not event.to_phase
+        )
 
     def _heard(self, text: str) -> None:
-        if text.startswith("runner-"):
+        if text.startswith(("runner-", QUEUE)):
             self._queue.add(text)
+        elif text.startswith(SWEEP):
+            self._begin(self._sweep_under(text.removeprefix(SWEEP)))
 
-    def _gained(self, key: str) -> None:
-        """Take up what another replica has left, engines without a record included."""
-        task = asyncio.create_task(self._take_over(key))
+    def _begin(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
         self._working.add(task)
         task.add_done_callback(self._working.discard)
 
     async def _take_over(self, key: str) -> None:
+        """Take up what another replica has left, engines without a record included."""
         try:
             for runner_id in await self._store.unclean():
                 self._queue.add(runner_id)
         except Unavailable as error:
             log.warning("%s cannot be taken over yet: %s", key, error)
             await asyncio.sleep(1)
-            self._gained(key)
+            self._begin(self._take_over(key))
+        await self._sweep_under(key)
+
+    async def _hand_over(self, key: str) -> None:
+        """Have the next owner find what comes of an order that we gave too late."""
+        await asyncio.sleep(LATE_SECONDS)
+        with contextlib.suppress(Unavailable):  # then it is found in its time
+            await self._store.hint(SWEEP + key)
+
+    async def _sweep_under(self, key: str) -> None:
         for name in {pool.engine for pool in self._pools().values()} | set(self._engines):
             if self._ownership.key_of(name) == key:
                 await self._sweep_engine(name)
@@ -245,35 +273,42 @@ class Reconciler:
 
     async def _hand_out(self) -> None:
         """Start on the next runner that wants a look; the queue gives none to two at once."""
-        task = asyncio.create_task(self._work(await self._queue.get()))
-        self._working.add(task)
-        task.add_done_callback(self._working.discard)
+        self._begin(self._work(await self._queue.get()))
 
-    async def _work(self, runner_id: str) -> None:
-        log_lines.runner_id.set(runner_id)
+    async def _work(self, name: str) -> None:
+        pause: float | None = None
         try:
-            pause = await self._reconcile(runner_id)
-            self._failures.pop(runner_id, None)
+            if name.startswith(QUEUE):
+                await self._look_at_first(name.removeprefix(QUEUE))
+            else:
+                log_lines.runner_id.set(name)
+                pause = await self._reconcile(name)
+            self._failures.pop(name, None)
             if pause is not None:
-                self._queue.add_after(runner_id, pause)
+                self._queue.add_after(name, pause)
         except asyncio.CancelledError:
             raise
         except NotOwner:
             pass  # whoever becomes the owner takes it up
         except (LauncherUnavailable, LaunchRejected) as error:
-            pause = self._back_off(runner_id)
-            level = logging.WARNING if self._failures[runner_id] == LOUD else logging.DEBUG
-            log.log(level, "%s: %s; asking again in %.1f s", runner_id, error, pause)
-            self._queue.add_after(runner_id, pause)
+            pause = self._back_off(name)
+            level = logging.WARNING if self._failures[name] == LOUD else logging.DEBUG
+            log.log(level, "%s: %s; asking again in %.1f s", name, error, pause)
+            self._queue.add_after(name, pause)
         except Exception:
-            pause = self._back_off(runner_id)
-            log.exception("%s: failed, and will be tried again in %.1f s", runner_id, pause)
-            self._queue.add_after(runner_id, pause)
+            pause = self._back_off(name)
+            log.exception("%s: failed, and will be tried again in %.1f s", name, pause)
+            self._queue.add_after(name, pause)
         finally:
-            self._queue.done(runner_id)
+            self._queue.done(name)
 
-    def _back_off(self, runner_id: str) -> float:
-        failures = self._failures[runner_id] = self._failures.get(runner_id, 0) + 1
+    async def _look_at_first(self, pool_name: str) -> None:
+        """Look at the first that waits for a place in a pool."""
+        for runner_id in (await self._store.queued(pool_name))[:1]:
+            self._queue.add(runner_id)
+
+    def _back_off(self, name: str) -> float:
+        failures = self._failures[name] = self._failures.get(name, 0) + 1
         first, longest = BACKOFF_SECONDS
         return random.uniform(first / 2, min(longest, first * 2 ** min(failures, 30)))  # noqa: S311 - spreads load
 
@@ -450,7 +485,6 @@ class Reconciler:
                 case Admit():
                     return await self._admit(runner)
                 case CleanUp():
-                    await self.wake_queued(runner.pool_name)
                     await self._clean_up(runner)
                     return None
                 case _:
@@ -492,11 +526,7 @@ class Reconciler:
         except LauncherUnavailable as error:
             return await self._launch_failed(latest or runner, error, begun_before=begun_before)
         engine.answered_at = self._now()
-        started = await self._write(latest, accepted(latest, handle, self._now()), "started")
-        pool = self._pools().get(runner.pool_name)
-        if pool and pool.config.launching_limit:
-            await self.wake_queued(pool.name)
-        return started
+        return await self._write(latest, accepted(latest, handle, self._now()), "started")
 
     async def _engine_for_launch(self, runner: Runner) -> _Engine:
         """Open an engine. Failing to is the launch's end only if nothing can have been launched in it."""
@@ -566,10 +596,7 @@ class Reconciler:
             return min(left, breaker.pause)
         fence, rate = self._ownership.fence(runner), pool.rate if pool else None
         wait = await self._store.admit(runner, refusal, self._now(), fence, rate)
-        if wait:
-            return min(left, wait)
-        await self.wake_queued(runner.pool_name)
-        return None
+        return min(left, wait) if wait else None
 
     async def _clean_up(self, runner: Runner) -> None:
         """Make the log safe, free what the engine holds, wipe the secrets."""

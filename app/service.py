@@ -496,14 +496,14 @@ class RunnerService:
         """Switch a pool on or off; it stays so, whatever its file says. Raises NotFound."""
         await self.pool_state(name, caller)
         await self._store.switch_pool(name, enabled=enabled)
-        await self._reconciler.wake_queued(name)
+        await self._reconciler.wake_queue(name)
         return await self.pool_state(name, caller)
 
     async def reload_pools(self, path: Path | None) -> None:
         """Read the pool file again; a wrong one raises ConfigurationError and changes nothing."""
         self.pools = await asyncio.to_thread(load_pools, path)
         for name in await self._store.queue_lengths():
-            await self._reconciler.wake_queued(name)
+            await self._reconciler.wake_queue(name)
 
     async def store_answers(self) -> bool:
         """Say whether the store can be read."""

@@ -16,8 +16,8 @@ from pydantic import JsonValue, TypeAdapter
 from sqlalchemy import Connection, Row
 
 from app import postgres
-from app.database import BATCH, Database, Write
-from app.errors import AmbiguousId, InvalidRequest, NotFound, NotOwner, PoolFull, SlotBusy
+from app.database import BATCH, Database, Fence, Write
+from app.errors import AmbiguousId, InvalidRequest, NotFound, PoolFull, SlotBusy
 from app.events import Change, Event
 from app.launcher import LaunchSpec
 from app.pools import PoolType, Rate, Usage
@@ -88,14 +88,6 @@ class Filter:
     limit: int = 100
 
 
-@dataclass(frozen=True, slots=True)
-class Fence:
-    """The lease that a write is made under; it is refused once somebody else has taken the lease."""
-
-    key: str
-    generation: int
-
-
 class Store:
     """Runners, their events and specs, idempotency keys and pool switches, in one database."""
 
@@ -134,9 +126,7 @@ class Store:
 
     async def _write(self, write: Write[T], fence: Fence | None = None, touch: Callable[[Recent], None] | None = None) -> T:
         """Write under a lease; ``touch`` is what is done to runners beside their changes."""
-        if fence:
-            write = functools.partial(_fenced, fence, write)
-        return await self.database.write(write, functools.partial(touch, self._recent) if touch else None)
+        return await self.database.write(write, functools.partial(touch, self._recent) if touch else None, fence=fence)
 
     # Writes.
 
@@ -534,13 +524,6 @@ def _change(
     return new
 
 
-def _fenced(fence: Fence, write: Write[T], connection: Connection, changes: list[Change]) -> T:
-    generation = connection.execute(_GENERATION, {"lease": fence.key}).scalar()
-    if generation != fence.generation:
-        raise NotOwner(f"another replica owns {fence.key}")
-    return write(connection, changes)
-
-
 def _claim(
     connection: Connection, keys: Sequence[str], seconds: float, claimed: Collection[str], **owner: str
 ) -> dict[str, int]:
@@ -741,7 +724,6 @@ _POOL_USAGE = _usage().where(_OF_POOL)
 _COUNT = sa.select(sa.func.count()).where(LIVE, _OF_POOL, runners.c.phase == sa.bindparam("placed"))
 _QUEUED = sa.select(runners.c.runner_id).where(LIVE, _OF_POOL, runners.c.phase == Phase.QUEUED).order_by(runners.c.seq)
 _SWITCHES = sa.select(pool_switches.c.pool_name, pool_switches.c.enabled)
-_GENERATION = sa.select(leases.c.generation).where(leases.c.key == sa.bindparam("lease"))
 _SPEC = sa.select(specs.c.spec).where(specs.c.runner_id == sa.bindparam("id"))
 _INSERT_RUNNER, _INSERT_SPEC, _INSERT_EVENT = sa.insert(runners), sa.insert(specs), sa.insert(events)
 _CHANGE = sa.update(runners).where(_OF_ID)

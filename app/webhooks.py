@@ -5,7 +5,8 @@ has a *place* in them: it was told all up to there, save its *arrears*, runners 
 their own way, in the order of their events and ever more slowly, while the place goes on; after so many tries a runner is
 *parked* until somebody says to try again. So a runner's events come in order, each at least once; what one target does not
 take holds up no other target, and no other runner. All of this is in the store, where a service that was killed takes it up:
-what was sent and not yet noted is sent again, under the same id. Of several replicas one tells all targets.
+what was sent and not yet noted is sent again, under the same id. Of several replicas one tells all targets, as long as it
+has the lease for that; what it would note later is refused.
 """
 
 import asyncio
@@ -50,7 +51,7 @@ KEY = "webhooks"
 """What the replica that tells holds the lease of."""
 
 LOOK_SECONDS = 1.0
-"""How often the others look whether they hold it now."""
+"""How often the others look whether they hold it now, and it whether all targets are told."""
 
 TOLD = {
     "accepted": Told.ACCEPTED,
@@ -115,15 +116,21 @@ class Webhooks:
     async def set(self, targets: Sequence[Target]) -> None:
         """Have these told from now on. One that was told before goes on where it was, also after it was left out."""
         self._targets = targets
-        await self._tell(targets if self._ownership.holds(KEY) else ())
+        with contextlib.suppress(NotOwner):
+            await self._tell(targets if self._ownership.holds(KEY) else ())
 
     async def keep_telling(self) -> None:
         """Tell as long as this replica is the one that tells, until cancelled."""
         while True:
-            with contextlib.suppress(NotOwner):
+            try:
                 async with self._ownership.holding(KEY):
-                    await self._tell(self._targets)
-                    await asyncio.Event().wait()
+                    while True:
+                        await self._tell(self._targets)
+                        await asyncio.sleep(LOOK_SECONDS)
+            except NotOwner:
+                pass
+            except Unavailable as error:
+                log.warning("webhooks are not told now: %s", error)
             await self._tell(())
             await asyncio.sleep(LOOK_SECONDS)
 
@@ -131,17 +138,12 @@ class Webhooks:
         async with self._changing:
             if targets and self._courier is None:
                 self._courier = await asyncio.to_thread(_courier, self._now)
-            hooks = {}
-            for target in targets:
-                hook = self._hooks.pop(target.name, None)
-                if hook is None or hook.target != target:
-                    if hook:
-                        await hook.aclose()
-                    hook = await self._open(target)
-                hooks[target.name] = hook
-            for hook in self._hooks.values():
+            for hook in [hook for hook in self._hooks.values() if hook.target not in targets]:
                 await hook.aclose()
-            self._hooks = hooks
+                del self._hooks[hook.target.name]
+            for target in targets:
+                if target.name not in self._hooks:
+                    self._hooks[target.name] = await self._open(target)
 
     async def retry(self, name: str) -> TargetState:
         """Try again all that is parked, and a target that is gone. Raises NotFound, Misdirected."""
@@ -150,14 +152,17 @@ class Webhooks:
         async with self._changing:
             hook = self._hooks.get(name)
             if hook is None:
-                raise Misdirected("another replica tells webhooks", await self._store.owner_url(KEY))
-            await hook.aclose()
-            for each in await self._ledger.arrears(name):
-                await self._ledger.owe(name, replace(each, attempts=0, retry_at=self._now(), parked=False))
-            place, _ = await self._ledger.place(name)
-            await self._ledger.set_place(name, place or 0)
-            self._hooks[name] = await self._open(hook.target)
+                raise await self._elsewhere()
+            try:
+                await hook.try_again()
+                del self._hooks[name]
+                self._hooks[name] = await self._open(hook.target)
+            except NotOwner:
+                raise await self._elsewhere() from None
             return self._hooks[name].state()
+
+    async def _elsewhere(self) -> Misdirected:
+        return Misdirected("another replica tells webhooks", await self._store.owner_url(KEY))
 
     def telling(self) -> list[TargetState]:
         """Give the targets that this replica tells, and how far each was told."""
@@ -200,19 +205,29 @@ class Webhooks:
     async def _open(self, target: Target) -> "_Hook":
         if self._courier is None:
             raise RuntimeError("a target without a courier")
-        hook = _Hook(target, self._store, self._journal, self._courier, source=self._source, told=self._told, now=self._now)
+        hook = _Hook(
+            target,
+            self._store,
+            self._journal,
+            self._ownership,
+            self._courier,
+            source=self._source,
+            told=self._told,
+            now=self._now,
+        )
         await hook.open()
         return hook
 
 
 class _Hook:
-    """One target."""
+    """One target, told under one lease. Raises NotOwner."""
 
     def __init__(
         self,
         target: Target,
         store: Store,
         journal: Journal,
+        ownership: Ownership,
         courier: "Courier",
         *,
         source: str,
@@ -221,7 +236,9 @@ class _Hook:
     ) -> None:
         self.target = target
         self._store = store
-        self._ledger = Ledger(store.database)
+        self._ownership = ownership
+        self._fence = ownership.fence_of(KEY)
+        self._ledger = Ledger(store.database, self._fence)
         self._journal = journal
         self._courier = courier
         self._source = source
@@ -266,8 +283,16 @@ class _Hook:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if not self._gone and place > self._place:
-            with contextlib.suppress(Unavailable):
+            with contextlib.suppress(Unavailable, NotOwner):
                 await self._ledger.set_place(self.target.name, place)
+
+    async def try_again(self) -> None:
+        """Stop, and note that what is parked is to be sent again, and what came since the target was gone."""
+        await self.aclose()
+        for each in await self._ledger.arrears(self.target.name):
+            await self._ledger.owe(self.target.name, replace(each, attempts=0, retry_at=self._now(), parked=False))
+        place, _ = await self._ledger.place(self.target.name)
+        await self._ledger.set_place(self.target.name, place or 0)
 
     def state(self) -> TargetState:
         """Say how far this target was told."""
@@ -289,10 +314,10 @@ class _Hook:
         self, work: Callable[[], Coroutine[None, None, None]], name: str, at_end: Callable[[], None] = lambda: None
     ) -> None:
         async def keep_at_it() -> None:
-            try:
-                while not await self._done(work):  # noqa: ASYNC110 - a pause, and no event to wait for
-                    await asyncio.sleep(self._pause(1))
-            finally:
+            with contextlib.suppress(NotOwner):  # whoever tells now takes it up
+                async with self._ownership.holding(KEY):
+                    while not await self._done(work):  # noqa: ASYNC110 - a pause, and no event to wait for
+                        await asyncio.sleep(self._pause(1))
                 at_end()
 
         task = asyncio.create_task(keep_at_it(), name=f"webhook {self.target.name}: {name}")
@@ -303,6 +328,8 @@ class _Hook:
         """Do a piece of work; False if something went wrong on our side, which is no reason to give up."""
         try:
             await work()
+        except NotOwner:
+            raise
         except Unavailable as error:
             log.warning("webhook %s: %s", self.target.name, error)
         except Exception:
@@ -458,6 +485,8 @@ class _Hook:
         async with self._sends:
             while (pause := self._paused_until - self._now()) > 0:  # noqa: ASYNC110 - which another answer may make longer
                 await asyncio.sleep(pause)
+            if self._ownership.fence_of(KEY) != self._fence:
+                raise NotOwner(f"the lease of {KEY} is another one now")
             return await self._courier.send(self.target, event_id, body)
 
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, TypeVarTuple
 import pytest
 from typing_extensions import override
 
-from app.database import Write
+from app.database import Fence, Write
 from app.errors import Unavailable
 from app.events import Change, Feed
 from app.launcher import Handle, LaunchSpec
@@ -30,7 +30,7 @@ from app.reason import Reason
 from app.recent import Recent
 from app.reconciler import Reconciler
 from app.runner import Phase, Policy, Runner, finished, identity, stop_asked
-from app.store import Fence, Intent, Store
+from app.store import Intent, Store
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")

@@ -108,8 +108,7 @@ class KubernetesLauncher:
         *,
         progress: Callable[[str], None] | None = None,  # noqa: ARG002 - what a pod waits for is observed
     ) -> Handle:
-        made = jobs.manifests(runner_id, spec, self._installation)
-        return await _to_its_end(self._launch(runner_id, made))
+        return await self._launch(runner_id, jobs.manifests(runner_id, spec, self._installation))
 
     async def observe(self, handles: Sequence[Handle]) -> Mapping[str, Observation]:
         await self._in_touch()
@@ -273,17 +272,17 @@ class KubernetesLauncher:
 
     async def _launch(self, runner_id: str, made: jobs.Manifests) -> Handle:
         try:
-            job = await self._cluster.call("POST", self._cluster.path("jobs"), made.job)
+            job = await _to_its_end(self._cluster.call("POST", self._cluster.path("jobs"), made.job))
             fresh = True
         except Refused as refused:
             job, fresh = await self._existing(runner_id, made.job, refused), False
         self._jobs.put(job)
         try:
-            await self._cluster.call("POST", self._cluster.path("secrets"), jobs.owned(made.secret, job))
+            await _to_its_end(self._cluster.call("POST", self._cluster.path("secrets"), jobs.owned(made.secret, job)))
         except Refused as refused:
             if (refused.status, refused.reason) != (_CONFLICT, "AlreadyExists"):
                 if fresh:  # without its Secret it cannot have started
-                    await self._delete("jobs", job["metadata"]["name"], {"propagationPolicy": "Background"})
+                    await _to_its_end(self._delete("jobs", job["metadata"]["name"], {"propagationPolicy": "Background"}))
                     self._jobs.drop(job["metadata"]["name"])
                 raise self._no(refused) from refused
             await self._check_secret(job)
@@ -687,7 +686,10 @@ async def _briefly(news: asyncio.Event) -> None:
 
 
 async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """Do something whole, and wait for its end also when cancelled: a request on its way cannot be called back."""
+    """Make a request, and wait for its answer also when cancelled: one on its way cannot be called back.
+
+    What would follow it is not done then: who cancels may have lost the engine to another replica.
+    """
     task = asyncio.create_task(work)
     try:
         return await asyncio.shield(task)

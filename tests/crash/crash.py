@@ -130,7 +130,7 @@ class LocalProcesses:
 
     async def leftovers(self) -> dict[str, bool]:
         """Find processes, run directories and control groups."""
-        found = {path.name: False for path in (self._home / "state" / "runners").glob("runner-*")}
+        found = {path.name: False for path in self._home.glob("*/runners/runner-*")}
         mark = f"JOURNAL={self._home / 'witness' / 'journal'}".encode()
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
@@ -289,6 +289,7 @@ class Service:
         self.world = world
         self.port = free_port()
         self.plant = plant
+        self.settings: dict[str, str] = {}
         self.process: asyncio.subprocess.Process | None = None
 
     async def start(self, point: str = "", count: int = 0) -> None:
@@ -298,6 +299,7 @@ class Service:
             "POOLS_FILE": str(self.home / "pools.yaml"),
             "SLOT_ROOTS": str(self.home),
             **self.world.settings,
+            **self.settings,
         }
         env = {**os.environ, **{f"RUNNER_LAUNCHER_{name}": value for name, value in settings.items()}}
         env |= {"CRASH_POINT": point, "CRASH_COUNT": str(count), "PLANT": self.plant or ""}
@@ -362,8 +364,7 @@ async def dispatch(service: Service, launch: Launch, slot: Path) -> None:
                     continue
                 ready = launch.stop_early or launch.record.get("phase") == "running"
                 if launch.stop and not stopped and ready:
-                    await client.delete(f"/runners/{launch.runner_id}", params={"grace": 0.2})
-                    stopped = True
+                    stopped = (await client.delete(f"/runners/{launch.runner_id}", params={"grace": 0.2})).is_success
                 launch.record = (await client.get(f"/runners/{launch.runner_id}")).json()
                 if launch.record.get("phase") == "finished":
                     return
@@ -443,6 +444,10 @@ async def judge(service: Service, launches: list[Launch], verdict: Verdict, poin
         for launch in launches:
             items = (await client.get("/runners", params={"task_id": launch.task_id})).json()["items"]
             judge_one(launch, starts[launch.task_id], ends.get(launch.task_id), items, verdict, away=point.endswith("-away"))
+            for item in items:
+                told = (await client.get(f"/runners/{item['runner_id']}/events")).json()["items"]
+                if (times := sum(event["to"] == "finished" != event["from"] for event in told)) > 1:
+                    verdict.fault("false end", f"{launch.task_id}: ended {times} times: {told}")
         records = (await client.get("/runners", params={"limit": 500})).json()["items"]
     live = [record for record in records if record["phase"] != "finished"]
     for runner_id, lives in left.items():

@@ -6,6 +6,8 @@ engine never gets it; ``create-answered`` when the engine has acted and answered
 ``create-late`` when the call is on its way, and the engine, busy as it is, gets to it when the next service is up and has
 been talking to it for a while; ``create-away`` is as ``create-answered``, and then the engine is away when the next service
 comes up.
+
+It may also stand before a database: cut it off, or hold what is said for a while.
 """
 
 import asyncio
@@ -35,6 +37,8 @@ class Proxy:
         self._point, self._passes = "", 0
         self._kill: Callable[[], None] = lambda: None
         self._next_life = asyncio.Event()
+        self._flowing = asyncio.Event()
+        self._flowing.set()
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
 
@@ -49,6 +53,20 @@ class Proxy:
         if self._server:
             self._server.close()
             self._server = None
+
+    def cut(self) -> None:
+        """End all connections, and take no new ones until it is opened again."""
+        self._shut()
+        for connection in self._connections:
+            connection.cancel()
+
+    def hold(self) -> None:
+        """Keep all that is said from now on, either way, and say nothing of it; new connections are taken, and held too."""
+        self._flowing.clear()
+
+    def flow(self) -> None:
+        """Pass on what was held, and all that follows."""
+        self._flowing.set()
 
     async def come_back(self) -> None:
         """Let the engine be there again, if it is away, after the service has tried for a while."""
@@ -114,6 +132,7 @@ class Proxy:
                         engines_writer.write(data)
                         await answered.wait()
                         return
+                await self._flowing.wait()
                 engines_writer.write(data)
                 await engines_writer.drain()
 
@@ -126,14 +145,17 @@ class Proxy:
                     if self._struck(f"{call}-away"):
                         self._shut()
                         return
+                await self._flowing.wait()
                 writer.write(data)
                 await writer.drain()
 
         sides = [asyncio.create_task(ask()), asyncio.create_task(answer())]
-        await asyncio.wait(sides, return_when=asyncio.FIRST_COMPLETED)
-        for side in sides:
-            side.cancel()
-        await asyncio.gather(*sides, return_exceptions=True)
+        try:
+            await asyncio.wait(sides, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for side in sides:
+                side.cancel()
+            await asyncio.gather(*sides, return_exceptions=True)
 
     def _called(self, data: bytes) -> str:
         """Name the call that a piece begins; a client waits for each answer, so a call begins its piece."""

@@ -2,7 +2,8 @@
 
 The points lie on the seams that the application has anyway: the launcher port, the feed of committed changes, and the
 program that starts a shim. ``CRASH_POINT`` names one,
-``CRASH_COUNT`` says how often it may be passed first. ``PLANT=late-intent``
+``CRASH_COUNT`` says how often it may be passed first. A point that is written later into the file ``freeze`` of the state
+directory makes it stop where it is, by SIGSTOP, once. ``PLANT=late-intent``
 builds in the fault that the crash test must find: the launch comes first, and its intent after it.
 """
 
@@ -28,6 +29,7 @@ from app.settings import installation, load_settings
 from app.store import Intent, Store
 
 POINT = os.environ.get("CRASH_POINT", "")
+FREEZE = Path(os.environ["RUNNER_LAUNCHER_STATE_DIR"]) / "freeze"
 passes = int(os.environ.get("CRASH_COUNT", "0"))
 
 
@@ -37,6 +39,9 @@ def crash_at(point: str) -> None:
         if passes == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         passes -= 1
+    if FREEZE.exists() and FREEZE.read_text() == point:
+        FREEZE.unlink()
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 class CrashingLauncher:
