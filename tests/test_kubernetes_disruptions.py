@@ -82,7 +82,7 @@ class Webhook:
         }
         await self._world.call("POST", self._path, {"metadata": {"name": self._name}, "webhooks": [webhook]})
         containers = {"containers": [{"name": "x", "image": "x"}]}
-        made = {
+        made: Json = {
             "jobs": {"spec": {"template": {"spec": {"restartPolicy": "Never", **containers}}}},
             "pods": {"spec": containers},
             "secrets": {},

@@ -81,8 +81,8 @@ class Shims(Side):
         self._spec = replace(spec, environment={**spec.environment, "PATH": os.environ["PATH"]})
         prepared = LocalProcessLauncher(self._runs)._prepare(RunDirectory(pattern), self._spec)
         assert prepared
-        prepared[0].close()
-        self._pattern, self._command, self._environment = str(pattern), prepared[1], prepared[2]
+        prepared.close()
+        self._pattern, self._command, self._environment = str(pattern), prepared.command, prepared.environment
         RunDirectory(pattern).remove()
 
     @override
