@@ -82,11 +82,12 @@ class Webhook:
         }
         await self._world.call("POST", self._path, {"metadata": {"name": self._name}, "webhooks": [webhook]})
         containers = {"containers": [{"name": "x", "image": "x"}]}
-        made: Json = {
+        kinds: dict[str, Json] = {
             "jobs": {"spec": {"template": {"spec": {"restartPolicy": "Never", **containers}}}},
             "pods": {"spec": containers},
             "secrets": {},
-        }[self._kind]
+        }
+        made = kinds[self._kind]
 
         async def in_force() -> bool:
             """The API hears of webhooks a moment later; a dry run is shown to them too."""
