@@ -300,7 +300,11 @@ class Database:
         with self._telling, contextlib.suppress(DBAPIError):
             while True:
                 with self._read_engine.connect() as connection:
-                    changes = self._news(connection)
+                    try:
+                        changes = self._news(connection)
+                    except ValueError:  # of a newer version; whoever writes must not end for it
+                        log.exception("the database tells what this version cannot read")
+                        return
                 if changes:
                     self._loop.call_soon_threadsafe(self._tell_committed, changes)
                 if len(changes) < BATCH:
@@ -361,6 +365,7 @@ def _sqlite(url: sa.URL, readers: int) -> Engine:
         poolclass=QueuePool,
         pool_size=readers or 1,
         max_overflow=0,
+        hide_parameters=True,  # a refused write must not put secrets into our log
         connect_args={"check_same_thread": False, "timeout": 5},
     )
     mode = (

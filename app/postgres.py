@@ -56,6 +56,7 @@ def open_engine(url: sa.URL, connections: int, *, writes: bool) -> Engine:
         poolclass=QueuePool,
         pool_size=connections,
         max_overflow=0,
+        hide_parameters=True,
         isolation_level="READ COMMITTED" if writes else "AUTOCOMMIT",
         connect_args={
             "connect_timeout": 5,

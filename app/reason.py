@@ -5,6 +5,9 @@ so that a Dispatcher and a person reading the record get the same answer.
 """
 
 from enum import StrEnum
+from typing import Self
+
+from typing_extensions import override
 
 
 class Reason(StrEnum):
@@ -31,6 +34,16 @@ class Reason(StrEnum):
     NODE_LOST = "node_lost"
     DELETED = "deleted"
     LOST = "lost"
+
+    @classmethod
+    @override
+    def _missing_(cls, value: object) -> Self | None:
+        """Take a word of a newer version, on a record that it has written, for what it is."""
+        if not isinstance(value, str):
+            return None
+        reason = str.__new__(cls, value)
+        reason._name_, reason._value_ = value.upper(), value
+        return reason
 
     @property
     def retryable(self) -> bool:

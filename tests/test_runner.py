@@ -8,6 +8,7 @@ from typing import assert_never
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from app.launcher import Enforcement, Exit, Exited, Gone, Handle, Observation, Place, Running, Starting
 from app.reason import Reason
@@ -744,3 +745,10 @@ def check_life(life: Life) -> None:
     assert all(replace(runner, cleaned=past.cleaned) == past for past in ends)
     phases = [ORDER.index(past.phase) for past in (*life.history, runner)]
     assert phases == sorted(phases)
+
+
+def test_the_reason_of_a_newer_version_is_kept_as_it_is() -> None:
+    """Replicas of two versions share a database while one takes over from the other."""
+    reason = TypeAdapter(Reason).validate_json('"sunburnt"')
+    assert (reason, str(reason), reason.retryable) == ("sunburnt", "sunburnt", False)
+    assert TypeAdapter(Reason).dump_json(reason) == b'"sunburnt"'

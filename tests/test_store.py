@@ -1113,3 +1113,13 @@ async def test_a_write_that_fails_is_not_read(store: Store) -> None:
     assert await store.named(runner.runner_id) == runner
     with pytest.raises(NotFound):
         await store.named(make(2).runner_id)
+
+
+async def test_a_write_that_the_database_refuses_puts_no_secret_into_the_log(
+    store: Store, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    database.rows("DROP TABLE specs")
+    with pytest.raises(Unavailable, match="specs"):
+        await store.intend(intent(make()))
+    assert "specs" in caplog.text
+    assert SECRET not in caplog.text
