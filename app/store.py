@@ -98,7 +98,10 @@ class Store:
         self._told = 0  # the newest revision that was published; shared databases only
         self.database = Database(url, self._replica, committed=self._committed, news=self._news)
         self.shared = self.database.shared  # with other services
+        # What is at hand without a look into the database; nothing where others write to it as well.
         self._recent = Recent(0 if self.shared else MOST)
+        self._switches: dict[str, bool] = {}
+        self._fresh: dict[str, LaunchSpec] = {}  # of launches that go on at once
 
     async def open(self) -> None:
         """Open the database, brought up to date; waits for a server that is away. Raises ConfigurationError."""
@@ -110,6 +113,7 @@ class Store:
 
     def _begin(self, connection: Connection) -> None:
         self._told = _span(connection)[1]
+        self._switches = _switches(connection)
 
     def _news(self, connection: Connection) -> list[Change]:
         changes = _news(connection, self._told)
@@ -135,7 +139,16 @@ class Store:
 
         Raises InvalidRequest (key used for another request), SlotBusy, PoolFull, Unavailable.
         """
-        return await self._write(functools.partial(_intend, intent))
+        runner_id, begins = intent.runner.runner_id, False
+        if not self.shared:
+            self._fresh[runner_id] = intent.spec  # before anybody hears of it
+        try:
+            runner, replayed = await self._write(functools.partial(_intend, intent))
+            begins = not replayed and runner.phase is Phase.STARTING
+            return runner, replayed
+        finally:
+            if not begins:
+                self._fresh.pop(runner_id, None)
 
     async def adopt(self, runner: Runner, at: float, fence: Fence | None = None) -> None:
         """Record a live runner that an engine holds and nobody knew of. Raises SlotBusy."""
@@ -194,9 +207,11 @@ class Store:
             self.database.wipe()
             connection.execute(_CHANGE, {"id": runner_id, "cleaned": True, "log_kept_by": log_kept_by})
 
-        await self._write(
-            write, fence, touch=lambda recent: recent.touch(runner_id, lambda runner: replace(runner, cleaned=True))
-        )
+        def touch(recent: Recent) -> None:
+            self._fresh.pop(runner_id, None)
+            recent.touch(runner_id, lambda runner: replace(runner, cleaned=True))
+
+        await self._write(write, fence, touch)
 
     async def forget(self, runner_ids: Collection[str]) -> None:
         """Forget ended runners of which nothing is left elsewhere, with their events and keys; leave any others."""
@@ -214,7 +229,10 @@ class Store:
             connection.execute(sa.delete(pool_switches).where(pool_switches.c.pool_name == pool_name))
             connection.execute(sa.insert(pool_switches).values(pool_name=pool_name, enabled=enabled))
 
-        await self._write(write)
+        def touch(_: Recent) -> None:
+            self._switches[pool_name] = enabled
+
+        await self._write(write, touch=touch)
 
     # What replicas that share a database tell each other.
 
@@ -275,6 +293,8 @@ class Store:
 
     async def get(self, runner_id: str) -> Runner:
         """Give a runner. Raises NotFound."""
+        if runner := self._recent.get(runner_id):
+            return runner
         return await self._read(lambda connection: _get(connection, runner_id))
 
     async def named(self, given: str, pools: Collection[str] | None = None) -> Runner:
@@ -293,6 +313,8 @@ class Store:
 
     async def spec(self, runner_id: str) -> LaunchSpec | None:
         """Give how to launch a runner; None once that is wiped."""
+        if spec := self._fresh.pop(runner_id, None):
+            return spec
         text = await self._read(lambda connection: connection.execute(_SPEC, {"id": runner_id}).scalar())
         return None if text is None else _spec.validate_json(text)
 
@@ -375,8 +397,7 @@ class Store:
 
     async def pool_switches(self) -> dict[str, bool]:
         """Give the pools that were switched by hand."""
-        rows = await self._read(lambda connection: connection.execute(_SWITCHES).all())
-        return {row.pool_name: row.enabled for row in rows}
+        return await self._read(_switches) if self.shared else self._switches.copy()
 
 
 # What happens inside a transaction.
@@ -502,7 +523,6 @@ def _change(
     silent = new.stop is not old.stop and new.stop is not None and new.stop.reason is Reason.HEARTBEAT_LOST
     if silent and current.last_heartbeat != old.last_heartbeat:
         return None  # it was heard of while its silence was judged
-    new = replace(new, last_heartbeat=current.last_heartbeat)
     stop = None if new.phase is Phase.FINISHED else new.stop  # it may have ended by itself before
     event = Event(
         runner_id=old.runner_id,
@@ -515,7 +535,7 @@ def _change(
         data=data or {},
     )
     event = _append(connection, event)
-    new = replace(new, revision=event.revision)
+    new = replace(new, revision=event.revision, last_heartbeat=current.last_heartbeat, cleaned=current.cleaned)
     columns = _columns(new)
     del columns["last_heartbeat"], columns["cleaned"]  # written by themselves, and not to be undone
     if connection.execute(_CHANGE_FROM, {"id": old.runner_id, "was": old.revision, **columns}).rowcount != 1:
@@ -701,6 +721,10 @@ def _count(connection: Connection, pool_name: str, phase: Phase) -> int:
     return connection.execute(_COUNT, {"pool": pool_name, "placed": phase}).scalar_one()
 
 
+def _switches(connection: Connection) -> dict[str, bool]:
+    return {row.pool_name: row.enabled for row in connection.execute(_SWITCHES)}
+
+
 def _whole() -> sa.Select[Any]:
     return sa.select(runners.c.body, runners.c.revision, runners.c.last_heartbeat, runners.c.cleaned)
 
@@ -710,7 +734,7 @@ def _whole() -> sa.Select[Any]:
 _OF_ID = runners.c.runner_id == sa.bindparam("id")
 _OF_POOL = runners.c.pool_name == sa.bindparam("pool")
 _BY_ID = _whole().where(_OF_ID)
-_CURRENT = sa.select(runners.c.revision, runners.c.last_heartbeat).where(_OF_ID)
+_CURRENT = sa.select(runners.c.revision, runners.c.last_heartbeat, runners.c.cleaned).where(_OF_ID)
 _HOLDERS = {
     dialect: sa.union_all(  # with OR SQLite would look through all live runners
         _whole().where(runners.c.slot_id == sa.bindparam("slot"), LIVE),
