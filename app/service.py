@@ -38,7 +38,7 @@ from app.errors import (
     Unavailable,
 )
 from app.events import Event, Feed, Watch
-from app.journal import Journal, Line, write_out
+from app.journal import Journal, Line
 from app.launcher import Handle, LaunchSpec, Renders
 from app.logs import Spool
 from app.models import LaunchRequest, Slot
@@ -316,7 +316,7 @@ class RunnerService:
                 events = await self._store.history(runner.runner_id)
                 if new := [event for event in events if event.revision > place]:
                     place = new[-1].revision
-                    yield [write_out(event, runner.task_id, runner.pool_name) for event in new]
+                    yield [Line(event, runner.task_id, runner.pool_name) for event in new]
                 if not events or events[-1].to_phase is Phase.FINISHED:
                     return
                 if await self._news(watch, idle) is None:
