@@ -44,7 +44,13 @@ class Watch:
 
     def __init__(self) -> None:
         self.latest: Change | None = None
+        self.known = 0  # the revision that whoever watches has gone by
         self._news = asyncio.Event()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether there is news beyond what is known."""
+        return self.latest is not None and self.latest.runner.revision > self.known
 
     def tell(self, change: Change) -> None:
         """Hand over a change."""

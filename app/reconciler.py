@@ -210,7 +210,8 @@ class Reconciler:
             return self._engines[name]
 
     def _changed(self, change: Change) -> None:
-        self._queue.add(change.runner.runner_id)
+        if not self._queue.is_handling(change.runner.runner_id):  # else whoever is at it watches, and may have made it
+            self._queue.add(change.runner.runner_id)
         if self._makes_room(change):
             self._queue.add(QUEUE + change.runner.pool_name)
 
@@ -440,7 +441,11 @@ class Reconciler:
     async def _reconcile(self, runner_id: str) -> float | None:
         """Take steps until there is nothing to do but wait; says for how many seconds, None: until something changes."""
         with self._feed.watching(runner_id) as watch:
-            return await self._drive(runner_id, watch)
+            try:
+                return await self._drive(runner_id, watch)
+            finally:
+                if watch.is_behind:
+                    self._queue.add(runner_id)
 
     async def _drive(self, runner_id: str, watch: Watch) -> float | None:
         try:
@@ -464,8 +469,8 @@ class Reconciler:
     async def _steps(self, runner: Runner | None, watch: Watch) -> float | None:
         seen: Observation | None = None
         while runner:
+            watch.known = runner.revision
             action = decide(runner, seen, self._now(), max(self._since, self._ownership.since(runner)))
-            seen = None
             match action:
                 case Wait(until=until):
                     return None if until is None else until - self._now()
@@ -476,12 +481,12 @@ class Reconciler:
                         await (await self.launcher(runner.engine)).remove(_handle(runner))
                     runner = await self._write(runner, changed, event)
                 case Launch():
-                    runner = await self._launch(runner, watch)
+                    runner, seen = await self._launch(runner, watch), None
                 case Order(grace=grace):
                     await (await self.launcher(runner.engine)).stop(_handle(runner), grace)
                     if grace <= 0:
                         return KILL_AGAIN_SECONDS
-                    runner = await self._write(runner, stop_sent(runner, self._now()), "stop_sent")
+                    runner, seen = await self._write(runner, stop_sent(runner, self._now()), "stop_sent"), None
                 case Admit():
                     return await self._admit(runner)
                 case CleanUp():
