@@ -57,10 +57,18 @@ class Watch:
         self.latest = change
         self._news.set()
 
-    async def change(self) -> Change:
-        """Wait for a change that was not read yet, and give the latest."""
+    def stir(self) -> None:
+        """Have whoever waits look: there is something else than a change."""
+        self._news.set()
+
+    async def stirred(self) -> None:
+        """Wait for a change that was not waited for yet, or for something else to look at."""
         await self._news.wait()
         self._news.clear()
+
+    async def change(self) -> Change:
+        """Wait for a change that was not read yet, and give the latest."""
+        await self.stirred()
         if self.latest is None:
             raise RuntimeError("news without a change")
         return self.latest

@@ -121,6 +121,7 @@ class RunnerService:
         self.pools = pools
         self.url = settings.public_url or ""
         self.draining = asyncio.Event()
+        self._waits: set[asyncio.Timeout] = set()
         self._engines = Engines(reconciler, lambda: self.pools.by_name, now)
 
     # Launch.
@@ -276,13 +277,22 @@ class RunnerService:
 
     async def _news(self, watch: Watch, seconds: float) -> Runner | None:
         """Wait for a change; None when the time is up or the service goes down."""
-        change, down = asyncio.create_task(watch.change()), asyncio.create_task(self.draining.wait())
+        limit = asyncio.timeout(0 if self.draining.is_set() else max(0.0, seconds))
         try:
-            await asyncio.wait({change, down}, timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED)
-            return change.result().runner if change.done() else None
+            async with limit:
+                self._waits.add(limit)
+                return (await watch.change()).runner
+        except TimeoutError:
+            return None
         finally:
-            change.cancel()
-            down.cancel()
+            self._waits.discard(limit)
+
+    def drain(self) -> None:
+        """Take no more launches, and let everybody go who waits for news."""
+        self.draining.set()
+        for limit in self._waits:
+            if not limit.expired():
+                limit.reschedule(0)
 
     # Read.
 
