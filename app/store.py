@@ -385,9 +385,9 @@ class Store:
 
     async def usage(self) -> dict[str, Usage]:
         """Give what is in use, by pool; a pool that is not named has nothing in use."""
-        query = _usage().add_columns(runners.c.pool_name).group_by(runners.c.pool_name)
+        query = _sums().add_columns(runners.c.pool_name).where(runners.c.phase.in_(PLACED)).group_by(runners.c.pool_name)
         rows = await self._read(lambda connection: connection.execute(query).all())
-        return {row.pool_name: _usage_of(row) for row in rows}
+        return {row.pool_name: _usage_of([row]) for row in rows}
 
     async def queue_lengths(self) -> dict[str, int]:
         """Give how many launches wait, by pool; a pool that is not named has none."""
@@ -408,8 +408,8 @@ def _intend(intent: Intent, connection: Connection, changes: list[Change]) -> tu
         return known, True
     runner = intent.runner
     _check_slot(connection, runner)
-    why_not = intent.refusal(_pool_usage(connection, runner.pool_name))
-    waiting = _count(connection, runner.pool_name, Phase.QUEUED)
+    usage, waiting = _pool_use(connection, runner.pool_name)
+    why_not = intent.refusal(usage)
     turn = _turn(connection, runner.pool_name, intent.rate, runner.created_at)
     if turn and not why_not:
         why_not = f"pool {runner.pool_name} begins no launch in the next {turn:.1f} s, as its launch_rate has it"
@@ -499,7 +499,7 @@ def _admit(
     mine = sa.select(runners.c.seq).where(runners.c.runner_id == runner.runner_id)
     if connection.execute(first).scalar() != connection.execute(mine).scalar():
         return math.inf
-    if refusal(_pool_usage(connection, runner.pool_name)):
+    if refusal(_pool_use(connection, runner.pool_name)[0]):
         return math.inf
     if turn := _turn(connection, runner.pool_name, rate, now):
         return turn
@@ -699,26 +699,30 @@ def _page(connection: Connection, wanted: Filter) -> tuple[list[Runner], int | N
     return [_load(row) for row in page], page[-1].seq if len(rows) > wanted.limit else None
 
 
-def _usage() -> sa.Select[Any]:
+def _sums() -> sa.Select[Any]:
+    """Sum up live runners, all of it by an index that holds what is summed up."""
     return sa.select(
         sa.func.count().label("runners"),
         sa.func.coalesce(sa.func.sum(runners.c.cpu), 0.0).label("cpu"),
         sa.func.coalesce(sa.func.sum(runners.c.memory_mib), 0).label("memory_mib"),
         sa.func.count().filter(runners.c.state == State.PENDING).label("launching"),
-    ).where(LIVE, runners.c.phase.in_(PLACED))
+    ).where(LIVE)
 
 
-def _usage_of(row: Row[Any]) -> Usage:
-    memory_mib = int(row.memory_mib)  # PostgreSQL sums to a decimal
-    return Usage(runners=row.runners, cpu=row.cpu, memory_mib=memory_mib, launching=row.launching)
+def _usage_of(rows: Sequence[Row[Any]]) -> Usage:
+    return Usage(
+        runners=sum(row.runners for row in rows),
+        cpu=sum(row.cpu for row in rows),
+        memory_mib=sum(int(row.memory_mib) for row in rows),  # PostgreSQL sums to a decimal
+        launching=sum(row.launching for row in rows),
+    )
 
 
-def _pool_usage(connection: Connection, pool_name: str) -> Usage:
-    return _usage_of(connection.execute(_POOL_USAGE, {"pool": pool_name}).one())
-
-
-def _count(connection: Connection, pool_name: str, phase: Phase) -> int:
-    return connection.execute(_COUNT, {"pool": pool_name, "placed": phase}).scalar_one()
+def _pool_use(connection: Connection, pool_name: str) -> tuple[Usage, int]:
+    """Say what is in use in a pool, and how many wait for a place there."""
+    rows = connection.execute(_POOL_SUMS, {"pool": pool_name}).all()
+    waiting = sum(row.runners for row in rows if row.phase == Phase.QUEUED)
+    return _usage_of([row for row in rows if row.phase != Phase.QUEUED]), waiting
 
 
 def _switches(connection: Connection) -> dict[str, bool]:
@@ -744,8 +748,7 @@ _HOLDERS = {
     )
     for dialect, by_bytes in {"sqlite": runners.c.slot_place, "postgresql": sa.collate(runners.c.slot_place, "C")}.items()
 }
-_POOL_USAGE = _usage().where(_OF_POOL)
-_COUNT = sa.select(sa.func.count()).where(LIVE, _OF_POOL, runners.c.phase == sa.bindparam("placed"))
+_POOL_SUMS = _sums().add_columns(runners.c.phase).where(_OF_POOL).group_by(runners.c.phase)
 _QUEUED = sa.select(runners.c.runner_id).where(LIVE, _OF_POOL, runners.c.phase == Phase.QUEUED).order_by(runners.c.seq)
 _SWITCHES = sa.select(pool_switches.c.pool_name, pool_switches.c.enabled)
 _SPEC = sa.select(specs.c.spec).where(specs.c.runner_id == sa.bindparam("id"))
