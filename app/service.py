@@ -133,7 +133,7 @@ class RunnerService:
 
         Raises RequestRefused when nothing was recorded, RunnerLaunchError when the launch failed.
         """
-        digest = _sha256(request.model_dump_json())
+        digest = _sha256(request.model_dump_json()) if key else ""
         if key and (known := await self._store.replayed(caller.name, key, digest)):
             return Launched(await self._launched(known, wait), replayed=True)
         if self.draining.is_set():

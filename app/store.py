@@ -432,7 +432,7 @@ def _intend(intent: Intent, connection: Connection, changes: list[Change]) -> tu
     connection.execute(_INSERT_SPEC, {"runner_id": runner.runner_id, "spec": spec})
     if intent.key:
         row = {"caller": intent.caller, "key": intent.key, "request_sha256": intent.request_sha256}
-        connection.execute(sa.insert(idempotency_keys).values({**row, "runner_id": runner.runner_id}))
+        connection.execute(_INSERT_KEY, {**row, "runner_id": runner.runner_id})
     return runner, False
 
 
@@ -453,7 +453,7 @@ def _insert(
     key = connection.execute(_INSERT_RUNNER, _columns(runner)).inserted_primary_key
     if runner.labels and key:
         rows = [{"key": name, "value": value, "seq": key[0]} for name, value in runner.labels.items()]
-        connection.execute(sa.insert(runner_labels), rows)
+        connection.execute(_INSERT_LABEL, rows)
     changes.append(Change(runner, event))
     return runner
 
@@ -639,8 +639,7 @@ def _append(connection: Connection, event: Event) -> Event:
 
 
 def _replayed(connection: Connection, caller: str, key: str, request_sha256: str) -> Runner | None:
-    same = (idempotency_keys.c.caller == caller) & (idempotency_keys.c.key == key)
-    row = connection.execute(sa.select(idempotency_keys.c.request_sha256, idempotency_keys.c.runner_id).where(same)).first()
+    row = connection.execute(_BY_KEY, {"of": caller, "named": key}).first()
     if row is None:
         return None
     if row.request_sha256 != request_sha256:
@@ -762,7 +761,11 @@ _ALL_QUEUED = sa.select(runners.c.runner_id).where(LIVE, runners.c.phase == Phas
 _QUEUED = sa.select(runners.c.runner_id).where(LIVE, _OF_POOL, runners.c.phase == Phase.QUEUED).order_by(runners.c.seq)
 _SWITCHES = sa.select(pool_switches.c.pool_name, pool_switches.c.enabled)
 _SPEC = sa.select(specs.c.spec).where(specs.c.runner_id == sa.bindparam("id"))
+_BY_KEY = sa.select(idempotency_keys.c.request_sha256, idempotency_keys.c.runner_id).where(
+    idempotency_keys.c.caller == sa.bindparam("of"), idempotency_keys.c.key == sa.bindparam("named")
+)
 _INSERT_RUNNER, _INSERT_SPEC, _INSERT_EVENT = sa.insert(runners), sa.insert(specs), sa.insert(events)
+_INSERT_KEY, _INSERT_LABEL = sa.insert(idempotency_keys), sa.insert(runner_labels)
 _CHANGE = sa.update(runners).where(_OF_ID)
 _CHANGE_FROM = _CHANGE.where(runners.c.revision == sa.bindparam("was"))
 _WIPE_SPEC = sa.delete(specs).where(specs.c.runner_id == sa.bindparam("id"))
