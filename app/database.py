@@ -178,9 +178,9 @@ class Database:
             raise Unavailable("the store is closed", code="store-unavailable")
         if fence:
             write = functools.partial(_fenced, fence, write)
-        pending = _Pending(write, self._loop.create_future(), touch)
-        self._writes.put(pending)
-        return await asyncio.shield(pending.future)
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._writes.put(_Pending(write, future, touch))
+        return await future  # if nobody waits for it any more, it is written all the same
 
     def wipe(self) -> None:
         """Have what a write deletes wiped from the log of past writes too; a server sees to that by itself."""
