@@ -44,17 +44,31 @@ class Watch:
 
     def __init__(self) -> None:
         self.latest: Change | None = None
+        self.known = 0  # the revision that whoever watches has gone by
         self._news = asyncio.Event()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether there is news beyond what is known."""
+        return self.latest is not None and self.latest.runner.revision > self.known
 
     def tell(self, change: Change) -> None:
         """Hand over a change."""
         self.latest = change
         self._news.set()
 
-    async def change(self) -> Change:
-        """Wait for a change that was not read yet, and give the latest."""
+    def stir(self) -> None:
+        """Have whoever waits look: there is something else than a change."""
+        self._news.set()
+
+    async def stirred(self) -> None:
+        """Wait for a change that was not waited for yet, or for something else to look at."""
         await self._news.wait()
         self._news.clear()
+
+    async def change(self) -> Change:
+        """Wait for a change that was not read yet, and give the latest."""
+        await self.stirred()
         if self.latest is None:
             raise RuntimeError("news without a change")
         return self.latest

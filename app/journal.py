@@ -6,6 +6,7 @@ grow, and is given what follows its place without a gap and without a repeat.
 """
 
 import asyncio
+import functools
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -22,17 +23,28 @@ BATCH = 100
 """How many events a reader is given at once."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Line:
-    """An event as it is told, and that as JSON."""
+    """An event as it is told, written out once for everybody, and not before somebody asks."""
 
-    record: EventRecord
-    json: str
+    event: Event
+    task_id: str
+    pool_name: str
 
     @property
     def revision(self) -> int:
         """The event's place in the journal."""
-        return self.record.revision
+        return self.event.revision
+
+    @functools.cached_property
+    def record(self) -> EventRecord:
+        """What is told."""
+        return event_record(self.event, task_id=self.task_id, pool_name=self.pool_name)
+
+    @functools.cached_property
+    def json(self) -> str:
+        """That as JSON."""
+        return self.record.model_dump_json(by_alias=True)
 
 
 class Journal:
@@ -85,7 +97,7 @@ class Journal:
         """Give the next events behind a place, up to so many; empty at the end."""
         if place >= self._before:
             return self._kept_after(place)[:limit]
-        return [write_out(*row) for row in await self._store.events(place, limit)]
+        return [Line(*row) for row in await self._store.events(place, limit)]
 
     async def follow(self, place: int, idle: float) -> AsyncIterator[list[Line]]:
         """Give what is behind a place, and what comes, until the service ends; an empty list after so many idle seconds."""
@@ -118,7 +130,7 @@ class Journal:
     def _changed(self, change: Change) -> None:
         if len(self._kept) == KEPT:
             self._before = self._kept.popleft().revision
-        self._kept.append(write_out(change.event, change.runner.task_id, change.runner.pool_name))
+        self._kept.append(Line(change.event, change.runner.task_id, change.runner.pool_name))
         self._wake()
 
     def _wake(self) -> None:
@@ -132,9 +144,3 @@ class Journal:
     def _close(self) -> None:
         self._closed = True
         self._wake()
-
-
-def write_out(event: Event, task_id: str, pool_name: str) -> Line:
-    """Write an event out, with what it is told of its runner."""
-    record = event_record(event, task_id=task_id, pool_name=pool_name)
-    return Line(record, record.model_dump_json(by_alias=True))

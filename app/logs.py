@@ -206,24 +206,15 @@ class Spool:
             return False
         fresh, spacing, size, gaps = kept.with_suffix(".new"), Spacing(), 0, 0
         try:
-            file = await asyncio.to_thread(fresh.open, "wb")
-            try:
-                async for piece, missing in _pieces(launcher.logs(handle), spacing):
-                    gaps += missing
-                    await asyncio.to_thread(file.write, piece)
-                    size += len(piece)
-            finally:
-                await asyncio.to_thread(file.close)
+            async for piece, missing in _pieces(launcher.logs(handle), spacing):
+                gaps += missing
+                await asyncio.to_thread(_put, fresh, piece, size)
+                size += len(piece)
         except RunnerGone:
-            await asyncio.to_thread(fresh.unlink)
-            return False
-        if gaps and size < await asyncio.to_thread(_size, kept):
-            await asyncio.to_thread(fresh.unlink)
+            await asyncio.to_thread(fresh.unlink, missing_ok=True)
             return False
         spacing.end(size)
-        await asyncio.to_thread(LogFile(kept).times.write, spacing.marks)
-        await asyncio.to_thread(fresh.rename, kept)
-        return gaps > 0
+        return await asyncio.to_thread(_take, fresh, size, LogFile(kept), spacing, gaps)
 
     def sizes(self) -> dict[str, tuple[float, int]]:
         """Say of each kept log when it was last written to, and how many bytes of disk it takes; by runner. Blocks."""
@@ -323,6 +314,24 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+def _put(fresh: Path, piece: bytes, offset: int) -> None:
+    """Write the next piece of a log that is being copied; the first one makes the file anew."""
+    with fresh.open("ab" if offset else "wb") as file:
+        file.write(piece)
+
+
+def _take(fresh: Path, size: int, kept: LogFile, spacing: Spacing, gaps: int) -> bool:
+    """Keep a log that was copied, unless it has gaps and more of it was kept before; says whether it was and has gaps."""
+    if not size:
+        _put(fresh, b"", 0)
+    if gaps and size < _size(kept.path):
+        fresh.unlink()
+        return False
+    kept.times.write(spacing.marks)
+    fresh.rename(kept.path)
+    return gaps > 0
 
 
 def _link(source: LogFile, kept: LogFile) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import random
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, assert_never
@@ -210,7 +210,8 @@ class Reconciler:
             return self._engines[name]
 
     def _changed(self, change: Change) -> None:
-        self._queue.add(change.runner.runner_id)
+        if not self._queue.is_handling(change.runner.runner_id):  # else whoever is at it watches, and may have made it
+            self._queue.add(change.runner.runner_id)
         if self._makes_room(change):
             self._queue.add(QUEUE + change.runner.pool_name)
 
@@ -440,7 +441,11 @@ class Reconciler:
     async def _reconcile(self, runner_id: str) -> float | None:
         """Take steps until there is nothing to do but wait; says for how many seconds, None: until something changes."""
         with self._feed.watching(runner_id) as watch:
-            return await self._drive(runner_id, watch)
+            try:
+                return await self._drive(runner_id, watch)
+            finally:
+                if watch.is_behind:
+                    self._queue.add(runner_id)
 
     async def _drive(self, runner_id: str, watch: Watch) -> float | None:
         try:
@@ -464,8 +469,8 @@ class Reconciler:
     async def _steps(self, runner: Runner | None, watch: Watch) -> float | None:
         seen: Observation | None = None
         while runner:
+            watch.known = runner.revision
             action = decide(runner, seen, self._now(), max(self._since, self._ownership.since(runner)))
-            seen = None
             match action:
                 case Wait(until=until):
                     return None if until is None else until - self._now()
@@ -476,12 +481,12 @@ class Reconciler:
                         await (await self.launcher(runner.engine)).remove(_handle(runner))
                     runner = await self._write(runner, changed, event)
                 case Launch():
-                    runner = await self._launch(runner, watch)
+                    runner, seen = await self._launch(runner, watch), None
                 case Order(grace=grace):
                     await (await self.launcher(runner.engine)).stop(_handle(runner), grace)
                     if grace <= 0:
                         return KILL_AGAIN_SECONDS
-                    runner = await self._write(runner, stop_sent(runner, self._now()), "stop_sent")
+                    runner, seen = await self._write(runner, stop_sent(runner, self._now()), "stop_sent"), None
                 case Admit():
                     return await self._admit(runner)
                 case CleanUp():
@@ -512,9 +517,15 @@ class Reconciler:
             spec = await self._store.spec(runner.runner_id)
             if spec is None:
                 raise RuntimeError(f"the specification of {runner.runner_id} is gone")
-            told: asyncio.Queue[str] = asyncio.Queue()
+            told: deque[str] = deque()
+
+            def progress(text: str) -> None:
+                told.append(text)
+                watch.stir()
+
             turn = engine.launches[runner.pool_name]
-            call = asyncio.create_task(_launch_in_turn(turn, engine.launcher, runner.runner_id, spec, told.put_nowait))
+            call = asyncio.create_task(_launch_in_turn(turn, engine.launcher, runner.runner_id, spec, progress))
+            call.add_done_callback(lambda _: watch.stir())
             self._begun.add(runner.runner_id)
             latest = await self._until_answered(runner, watch, call, told)
             if latest is None or call.cancelled():
@@ -538,7 +549,7 @@ class Reconciler:
             raise
 
     async def _until_answered(
-        self, runner: Runner, watch: Watch, call: asyncio.Task[Handle], told: asyncio.Queue[str]
+        self, runner: Runner, watch: Watch, call: asyncio.Task[Handle], told: deque[str]
     ) -> Runner | None:
         """Wait for a launch, writing down what it tells of itself; gives the runner as it then is.
 
@@ -549,22 +560,20 @@ class Reconciler:
         deadline = self._now() + (left if left > 0 else runner.policy.launch_timeout_seconds)
         latest: Runner | None = runner
         try:
-            while latest and not call.done() and self._now() < deadline:
-                news = asyncio.create_task(_changed_since(watch, latest.revision))
-                telling = asyncio.create_task(told.get())
-                try:
-                    waited = {call, news, telling}
-                    left = deadline - self._now()
-                    await asyncio.wait(waited, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                    if call.done() or news.done() or not telling.done():
-                        break
-                    latest = await self._write(latest, progressed(latest, telling.result()), "progress")
-                finally:
-                    news.cancel()
-                    telling.cancel()
+            while latest and not call.done() and (left := deadline - self._now()) > 0:
+                watch.known = latest.revision
+                if watch.is_behind:  # somebody else has changed it
+                    break
+                if told:
+                    latest = await self._write(latest, progressed(latest, told.popleft()), "progress")
+                    continue
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(left):
+                        await watch.stirred()
         finally:
-            call.cancel()
-            await asyncio.wait({call})
+            if not call.done():
+                call.cancel()
+                await asyncio.wait({call})
         return latest
 
     async def _launch_failed(self, runner: Runner, error: LauncherUnavailable, *, begun_before: bool) -> Runner | None:
@@ -619,12 +628,6 @@ async def _launch_in_turn(
 ) -> Handle:
     async with turn:
         return await launcher.launch(runner_id, spec, progress=progress)
-
-
-async def _changed_since(watch: Watch, revision: int) -> None:
-    """Wait until a runner is changed by somebody else."""
-    while not (watch.latest and watch.latest.runner.revision > revision):
-        await watch.change()
 
 
 def _handle(runner: Runner) -> Handle:

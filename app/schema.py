@@ -5,7 +5,7 @@ The unique indexes over live rows are the slot guard: they hold even against a d
 
 from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, text
 
-HEAD = "0007"
+HEAD = "0008"
 """The migration that this code expects; a test compares it with the scripts."""
 
 metadata = MetaData()
@@ -39,7 +39,17 @@ runners = Table(
 )
 Index("runners_live_slot", runners.c.slot_id, unique=True, sqlite_where=LIVE, postgresql_where=LIVE)
 Index("runners_live_place", runners.c.slot_place, unique=True, sqlite_where=LIVE, postgresql_where=LIVE)
-Index("runners_live_pool", runners.c.pool_name, runners.c.phase, sqlite_where=LIVE, postgresql_where=LIVE)
+Index(  # who is next in a pool's queue, and all that a pool's use is summed up of
+    "runners_live_pool",
+    runners.c.pool_name,
+    runners.c.phase,
+    runners.c.seq,
+    runners.c.state,
+    runners.c.cpu,
+    runners.c.memory_mib,
+    sqlite_where=LIVE,
+    postgresql_where=LIVE,
+)
 Index("runners_unclean", runners.c.seq, sqlite_where=text("cleaned = 0"), postgresql_where=text("NOT cleaned"))
 Index("runners_created", runners.c.created_at)
 Index("runners_task", runners.c.task_id, runners.c.seq)

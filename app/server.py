@@ -41,7 +41,7 @@ class _Server(uvicorn.Server):
     @override
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         log.info("going down: requests under way have %d s to end, and runners go on", GRACEFUL_SECONDS)
-        self._service.draining.set()
+        self._service.drain()
         await super().shutdown(sockets)
 
 

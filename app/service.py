@@ -38,7 +38,7 @@ from app.errors import (
     Unavailable,
 )
 from app.events import Event, Feed, Watch
-from app.journal import Journal, Line, write_out
+from app.journal import Journal, Line
 from app.launcher import Handle, LaunchSpec, Renders
 from app.logs import Spool
 from app.models import LaunchRequest, Slot
@@ -121,6 +121,7 @@ class RunnerService:
         self.pools = pools
         self.url = settings.public_url or ""
         self.draining = asyncio.Event()
+        self._waits: set[asyncio.Timeout] = set()
         self._engines = Engines(reconciler, lambda: self.pools.by_name, now)
 
     # Launch.
@@ -132,7 +133,7 @@ class RunnerService:
 
         Raises RequestRefused when nothing was recorded, RunnerLaunchError when the launch failed.
         """
-        digest = _sha256(request.model_dump_json())
+        digest = _sha256(request.model_dump_json()) if key else ""
         if key and (known := await self._store.replayed(caller.name, key, digest)):
             return Launched(await self._launched(known, wait), replayed=True)
         if self.draining.is_set():
@@ -276,13 +277,22 @@ class RunnerService:
 
     async def _news(self, watch: Watch, seconds: float) -> Runner | None:
         """Wait for a change; None when the time is up or the service goes down."""
-        change, down = asyncio.create_task(watch.change()), asyncio.create_task(self.draining.wait())
+        limit = asyncio.timeout(0 if self.draining.is_set() else max(0.0, seconds))
         try:
-            await asyncio.wait({change, down}, timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED)
-            return change.result().runner if change.done() else None
+            async with limit:
+                self._waits.add(limit)
+                return (await watch.change()).runner
+        except TimeoutError:
+            return None
         finally:
-            change.cancel()
-            down.cancel()
+            self._waits.discard(limit)
+
+    def drain(self) -> None:
+        """Take no more launches, and let everybody go who waits for news."""
+        self.draining.set()
+        for limit in self._waits:
+            if not limit.expired():
+                limit.reschedule(0)
 
     # Read.
 
@@ -316,7 +326,7 @@ class RunnerService:
                 events = await self._store.history(runner.runner_id)
                 if new := [event for event in events if event.revision > place]:
                     place = new[-1].revision
-                    yield [write_out(event, runner.task_id, runner.pool_name) for event in new]
+                    yield [Line(event, runner.task_id, runner.pool_name) for event in new]
                 if not events or events[-1].to_phase is Phase.FINISHED:
                     return
                 if await self._news(watch, idle) is None:

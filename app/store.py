@@ -98,7 +98,11 @@ class Store:
         self._told = 0  # the newest revision that was published; shared databases only
         self.database = Database(url, self._replica, committed=self._committed, news=self._news)
         self.shared = self.database.shared  # with other services
+        # What is at hand without a look into the database; nothing where others write to it as well.
         self._recent = Recent(0 if self.shared else MOST)
+        self._switches: dict[str, bool] = {}
+        self._fresh: dict[str, LaunchSpec] = {}  # of launches that go on at once
+        self._waiting: set[str] = set()  # the ids of all that are queued
 
     async def open(self) -> None:
         """Open the database, brought up to date; waits for a server that is away. Raises ConfigurationError."""
@@ -110,6 +114,8 @@ class Store:
 
     def _begin(self, connection: Connection) -> None:
         self._told = _span(connection)[1]
+        self._switches = _switches(connection)
+        self._waiting = set(connection.execute(_ALL_QUEUED).scalars())
 
     def _news(self, connection: Connection) -> list[Change]:
         changes = _news(connection, self._told)
@@ -119,6 +125,11 @@ class Store:
 
     def _committed(self, changes: Sequence[Change]) -> None:
         self._recent.changed(changes)
+        for change in changes:
+            if change.event.to_phase is Phase.QUEUED:
+                self._waiting.add(change.runner.runner_id)
+            else:
+                self._waiting.discard(change.runner.runner_id)
         self._publish(changes)
 
     async def _read(self, query: Callable[[Connection], T]) -> T:
@@ -135,7 +146,16 @@ class Store:
 
         Raises InvalidRequest (key used for another request), SlotBusy, PoolFull, Unavailable.
         """
-        return await self._write(functools.partial(_intend, intent))
+        runner_id, begins = intent.runner.runner_id, False
+        if not self.shared:
+            self._fresh[runner_id] = intent.spec  # before anybody hears of it
+        try:
+            runner, replayed = await self._write(functools.partial(_intend, intent))
+            begins = not replayed and runner.phase is Phase.STARTING
+            return runner, replayed
+        finally:
+            if not begins:
+                self._fresh.pop(runner_id, None)
 
     async def adopt(self, runner: Runner, at: float, fence: Fence | None = None) -> None:
         """Record a live runner that an engine holds and nobody knew of. Raises SlotBusy."""
@@ -194,9 +214,11 @@ class Store:
             self.database.wipe()
             connection.execute(_CHANGE, {"id": runner_id, "cleaned": True, "log_kept_by": log_kept_by})
 
-        await self._write(
-            write, fence, touch=lambda recent: recent.touch(runner_id, lambda runner: replace(runner, cleaned=True))
-        )
+        def touch(recent: Recent) -> None:
+            self._fresh.pop(runner_id, None)
+            recent.touch(runner_id, lambda runner: replace(runner, cleaned=True))
+
+        await self._write(write, fence, touch)
 
     async def forget(self, runner_ids: Collection[str]) -> None:
         """Forget ended runners of which nothing is left elsewhere, with their events and keys; leave any others."""
@@ -214,7 +236,10 @@ class Store:
             connection.execute(sa.delete(pool_switches).where(pool_switches.c.pool_name == pool_name))
             connection.execute(sa.insert(pool_switches).values(pool_name=pool_name, enabled=enabled))
 
-        await self._write(write)
+        def touch(_: Recent) -> None:
+            self._switches[pool_name] = enabled
+
+        await self._write(write, touch=touch)
 
     # What replicas that share a database tell each other.
 
@@ -275,6 +300,8 @@ class Store:
 
     async def get(self, runner_id: str) -> Runner:
         """Give a runner. Raises NotFound."""
+        if runner := self._recent.get(runner_id):
+            return runner
         return await self._read(lambda connection: _get(connection, runner_id))
 
     async def named(self, given: str, pools: Collection[str] | None = None) -> Runner:
@@ -293,6 +320,8 @@ class Store:
 
     async def spec(self, runner_id: str) -> LaunchSpec | None:
         """Give how to launch a runner; None once that is wiped."""
+        if spec := self._fresh.pop(runner_id, None):
+            return spec
         text = await self._read(lambda connection: connection.execute(_SPEC, {"id": runner_id}).scalar())
         return None if text is None else _spec.validate_json(text)
 
@@ -309,6 +338,8 @@ class Store:
 
     async def queued(self, pool_name: str) -> list[str]:
         """Give the ids of the runners that wait for a place in a pool, the next one first."""
+        if not (self._waiting or self.shared):  # as every end asks
+            return []
         return await self._read(lambda connection: list(connection.execute(_QUEUED, {"pool": pool_name}).scalars()))
 
     async def known(self, runner_ids: Sequence[str]) -> dict[str, bool]:
@@ -363,9 +394,9 @@ class Store:
 
     async def usage(self) -> dict[str, Usage]:
         """Give what is in use, by pool; a pool that is not named has nothing in use."""
-        query = _usage().add_columns(runners.c.pool_name).group_by(runners.c.pool_name)
+        query = _sums().add_columns(runners.c.pool_name).where(runners.c.phase.in_(PLACED)).group_by(runners.c.pool_name)
         rows = await self._read(lambda connection: connection.execute(query).all())
-        return {row.pool_name: _usage_of(row) for row in rows}
+        return {row.pool_name: _usage_of([row]) for row in rows}
 
     async def queue_lengths(self) -> dict[str, int]:
         """Give how many launches wait, by pool; a pool that is not named has none."""
@@ -375,8 +406,7 @@ class Store:
 
     async def pool_switches(self) -> dict[str, bool]:
         """Give the pools that were switched by hand."""
-        rows = await self._read(lambda connection: connection.execute(_SWITCHES).all())
-        return {row.pool_name: row.enabled for row in rows}
+        return await self._read(_switches) if self.shared else self._switches.copy()
 
 
 # What happens inside a transaction.
@@ -387,8 +417,8 @@ def _intend(intent: Intent, connection: Connection, changes: list[Change]) -> tu
         return known, True
     runner = intent.runner
     _check_slot(connection, runner)
-    why_not = intent.refusal(_pool_usage(connection, runner.pool_name))
-    waiting = _count(connection, runner.pool_name, Phase.QUEUED)
+    usage, waiting = _pool_use(connection, runner.pool_name)
+    why_not = intent.refusal(usage)
     turn = _turn(connection, runner.pool_name, intent.rate, runner.created_at)
     if turn and not why_not:
         why_not = f"pool {runner.pool_name} begins no launch in the next {turn:.1f} s, as its launch_rate has it"
@@ -402,7 +432,7 @@ def _intend(intent: Intent, connection: Connection, changes: list[Change]) -> tu
     connection.execute(_INSERT_SPEC, {"runner_id": runner.runner_id, "spec": spec})
     if intent.key:
         row = {"caller": intent.caller, "key": intent.key, "request_sha256": intent.request_sha256}
-        connection.execute(sa.insert(idempotency_keys).values({**row, "runner_id": runner.runner_id}))
+        connection.execute(_INSERT_KEY, {**row, "runner_id": runner.runner_id})
     return runner, False
 
 
@@ -423,7 +453,7 @@ def _insert(
     key = connection.execute(_INSERT_RUNNER, _columns(runner)).inserted_primary_key
     if runner.labels and key:
         rows = [{"key": name, "value": value, "seq": key[0]} for name, value in runner.labels.items()]
-        connection.execute(sa.insert(runner_labels), rows)
+        connection.execute(_INSERT_LABEL, rows)
     changes.append(Change(runner, event))
     return runner
 
@@ -478,7 +508,7 @@ def _admit(
     mine = sa.select(runners.c.seq).where(runners.c.runner_id == runner.runner_id)
     if connection.execute(first).scalar() != connection.execute(mine).scalar():
         return math.inf
-    if refusal(_pool_usage(connection, runner.pool_name)):
+    if refusal(_pool_use(connection, runner.pool_name)[0]):
         return math.inf
     if turn := _turn(connection, runner.pool_name, rate, now):
         return turn
@@ -502,7 +532,6 @@ def _change(
     silent = new.stop is not old.stop and new.stop is not None and new.stop.reason is Reason.HEARTBEAT_LOST
     if silent and current.last_heartbeat != old.last_heartbeat:
         return None  # it was heard of while its silence was judged
-    new = replace(new, last_heartbeat=current.last_heartbeat)
     stop = None if new.phase is Phase.FINISHED else new.stop  # it may have ended by itself before
     event = Event(
         runner_id=old.runner_id,
@@ -515,7 +544,7 @@ def _change(
         data=data or {},
     )
     event = _append(connection, event)
-    new = replace(new, revision=event.revision)
+    new = replace(new, revision=event.revision, last_heartbeat=current.last_heartbeat, cleaned=current.cleaned)
     columns = _columns(new)
     del columns["last_heartbeat"], columns["cleaned"]  # written by themselves, and not to be undone
     if connection.execute(_CHANGE_FROM, {"id": old.runner_id, "was": old.revision, **columns}).rowcount != 1:
@@ -610,8 +639,7 @@ def _append(connection: Connection, event: Event) -> Event:
 
 
 def _replayed(connection: Connection, caller: str, key: str, request_sha256: str) -> Runner | None:
-    same = (idempotency_keys.c.caller == caller) & (idempotency_keys.c.key == key)
-    row = connection.execute(sa.select(idempotency_keys.c.request_sha256, idempotency_keys.c.runner_id).where(same)).first()
+    row = connection.execute(_BY_KEY, {"of": caller, "named": key}).first()
     if row is None:
         return None
     if row.request_sha256 != request_sha256:
@@ -679,26 +707,34 @@ def _page(connection: Connection, wanted: Filter) -> tuple[list[Runner], int | N
     return [_load(row) for row in page], page[-1].seq if len(rows) > wanted.limit else None
 
 
-def _usage() -> sa.Select[Any]:
+def _sums() -> sa.Select[Any]:
+    """Sum up live runners, all of it by an index that holds what is summed up."""
     return sa.select(
         sa.func.count().label("runners"),
         sa.func.coalesce(sa.func.sum(runners.c.cpu), 0.0).label("cpu"),
         sa.func.coalesce(sa.func.sum(runners.c.memory_mib), 0).label("memory_mib"),
         sa.func.count().filter(runners.c.state == State.PENDING).label("launching"),
-    ).where(LIVE, runners.c.phase.in_(PLACED))
+    ).where(LIVE)
 
 
-def _usage_of(row: Row[Any]) -> Usage:
-    memory_mib = int(row.memory_mib)  # PostgreSQL sums to a decimal
-    return Usage(runners=row.runners, cpu=row.cpu, memory_mib=memory_mib, launching=row.launching)
+def _usage_of(rows: Sequence[Row[Any]]) -> Usage:
+    return Usage(
+        runners=sum(row.runners for row in rows),
+        cpu=sum(row.cpu for row in rows),
+        memory_mib=sum(int(row.memory_mib) for row in rows),  # PostgreSQL sums to a decimal
+        launching=sum(row.launching for row in rows),
+    )
 
 
-def _pool_usage(connection: Connection, pool_name: str) -> Usage:
-    return _usage_of(connection.execute(_POOL_USAGE, {"pool": pool_name}).one())
+def _pool_use(connection: Connection, pool_name: str) -> tuple[Usage, int]:
+    """Say what is in use in a pool, and how many wait for a place there."""
+    rows = connection.execute(_POOL_SUMS, {"pool": pool_name}).all()
+    waiting = sum(row.runners for row in rows if row.phase == Phase.QUEUED)
+    return _usage_of([row for row in rows if row.phase != Phase.QUEUED]), waiting
 
 
-def _count(connection: Connection, pool_name: str, phase: Phase) -> int:
-    return connection.execute(_COUNT, {"pool": pool_name, "placed": phase}).scalar_one()
+def _switches(connection: Connection) -> dict[str, bool]:
+    return {row.pool_name: row.enabled for row in connection.execute(_SWITCHES)}
 
 
 def _whole() -> sa.Select[Any]:
@@ -710,7 +746,7 @@ def _whole() -> sa.Select[Any]:
 _OF_ID = runners.c.runner_id == sa.bindparam("id")
 _OF_POOL = runners.c.pool_name == sa.bindparam("pool")
 _BY_ID = _whole().where(_OF_ID)
-_CURRENT = sa.select(runners.c.revision, runners.c.last_heartbeat).where(_OF_ID)
+_CURRENT = sa.select(runners.c.revision, runners.c.last_heartbeat, runners.c.cleaned).where(_OF_ID)
 _HOLDERS = {
     dialect: sa.union_all(  # with OR SQLite would look through all live runners
         _whole().where(runners.c.slot_id == sa.bindparam("slot"), LIVE),
@@ -720,12 +756,16 @@ _HOLDERS = {
     )
     for dialect, by_bytes in {"sqlite": runners.c.slot_place, "postgresql": sa.collate(runners.c.slot_place, "C")}.items()
 }
-_POOL_USAGE = _usage().where(_OF_POOL)
-_COUNT = sa.select(sa.func.count()).where(LIVE, _OF_POOL, runners.c.phase == sa.bindparam("placed"))
+_POOL_SUMS = _sums().add_columns(runners.c.phase).where(_OF_POOL).group_by(runners.c.phase)
+_ALL_QUEUED = sa.select(runners.c.runner_id).where(LIVE, runners.c.phase == Phase.QUEUED)
 _QUEUED = sa.select(runners.c.runner_id).where(LIVE, _OF_POOL, runners.c.phase == Phase.QUEUED).order_by(runners.c.seq)
 _SWITCHES = sa.select(pool_switches.c.pool_name, pool_switches.c.enabled)
 _SPEC = sa.select(specs.c.spec).where(specs.c.runner_id == sa.bindparam("id"))
+_BY_KEY = sa.select(idempotency_keys.c.request_sha256, idempotency_keys.c.runner_id).where(
+    idempotency_keys.c.caller == sa.bindparam("of"), idempotency_keys.c.key == sa.bindparam("named")
+)
 _INSERT_RUNNER, _INSERT_SPEC, _INSERT_EVENT = sa.insert(runners), sa.insert(specs), sa.insert(events)
+_INSERT_KEY, _INSERT_LABEL = sa.insert(idempotency_keys), sa.insert(runner_labels)
 _CHANGE = sa.update(runners).where(_OF_ID)
 _CHANGE_FROM = _CHANGE.where(runners.c.revision == sa.bindparam("was"))
 _WIPE_SPEC = sa.delete(specs).where(specs.c.runner_id == sa.bindparam("id"))

@@ -342,8 +342,8 @@ class _Hook:
         async for lines in self._journal.follow(self._at, IDLE_SECONDS):
             for line in lines:
                 self._at = line.revision
-                if self.target.pools is None or line.record.pool_name in self.target.pools:
-                    self._tell(line.record.runner_id, line.revision)
+                if self.target.pools is None or line.pool_name in self.target.pools:
+                    self._tell(line.event.runner_id, line.revision)
             self._moved.set()
             while sum(lane.owed is None for lane in self._lanes.values()) >= LANES:
                 self._eased.clear()

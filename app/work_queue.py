@@ -43,6 +43,10 @@ class WorkQueue:
         self._handling.add(name)
         return name
 
+    def is_handling(self, name: str) -> bool:
+        """Say whether somebody is at a name."""
+        return name in self._handling
+
     def done(self, name: str) -> None:
         """Say that a name has been handled."""
         self._handling.discard(name)

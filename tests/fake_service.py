@@ -85,6 +85,6 @@ async def fake_service(directory: Path, pools: Json, **settings: Any) -> AsyncIt
             async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as client:
                 yield FakeService(url, token, directory / "slots", client, worlds, ahead)
         finally:
-            app.state.service.draining.set()
+            app.state.service.drain()
             server.should_exit = True
             await serving

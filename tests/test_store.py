@@ -22,6 +22,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from typing_extensions import override
 
 import app
 from app.errors import ConfigurationError, InvalidRequest, NotFound, PoolFull, SlotBusy, Unavailable
@@ -113,9 +114,27 @@ async def store(database: Database, published: list[Change]) -> AsyncIterator[St
         yield store
 
 
+class DoubtedStore(Store):
+    """A store that is asked twice: what it has at hand must be what its database has."""
+
+    @override
+    async def get(self, runner_id: str) -> Runner:
+        given = await super().get(runner_id)
+        self._recent.drop(runner_id)
+        assert given == await super().get(runner_id)
+        return given
+
+    @override
+    async def spec(self, runner_id: str) -> LaunchSpec | None:
+        given = await super().spec(runner_id)
+        self._fresh.pop(runner_id, None)
+        assert given == await super().spec(runner_id)
+        return given
+
+
 @contextlib.asynccontextmanager
 async def opened(database: Database, publish: Callable[..., None] = lambda _: None) -> AsyncIterator[Store]:
-    store = Store(database.url, publish)
+    store = DoubtedStore(database.url, publish)
     await store.open()
     try:
         yield store
@@ -773,13 +792,13 @@ QUERIES: dict[str, Callable[[Store, Runner, Runner], Awaitable[object]]] = {
     "change": lambda store, runner, _: store.change(runner, replace(runner, message="x"), "changed", T),
     "beat": lambda store, runner, _: store.beat(runner.runner_id, T),
     "forget": lambda store, runner, _: store.forget_spec(runner.runner_id),
-    "get": lambda store, runner, _: store.get(runner.runner_id),
-    "named": lambda store, runner, _: named_by_the_database(store, runner),
+    "get": lambda store, runner, _: by_the_database(store, runner).get(runner.runner_id),
+    "named": lambda store, runner, _: by_the_database(store, runner).named(runner.runner_id),
     "events": lambda store, _, __: store.events(3, 100),
     "span": lambda store, _, __: store.span(),
     "outdated": lambda store, _, __: store.outdated(1.0, None, fresh=1.0, told=None, after=0, limit=10),
     "forget whole": lambda store, runner, _: store.forget([runner.runner_id]),
-    "spec": lambda store, runner, _: store.spec(runner.runner_id),
+    "spec": lambda store, runner, _: by_the_database(store, runner).spec(runner.runner_id),
     "unclean": lambda store, _, __: store.unclean(),
     "accepted": lambda store, _, __: store.accepted(),
     "queued": lambda store, _, __: store.queued("local"),
@@ -838,9 +857,11 @@ async def test_whether_a_slot_is_free_is_found_without_a_look_at_the_other_live_
         assert count_steps(connection, statement, parameters) < 300
 
 
-def named_by_the_database(store: Store, runner: Runner) -> Awaitable[Runner]:
+def by_the_database(store: Store, runner: Runner) -> Store:
+    """Have a store forget what it has at hand of a runner."""
     store._recent.drop(runner.runner_id)
-    return store.named(runner.runner_id)
+    store._fresh.pop(runner.runner_id, None)
+    return store
 
 
 def watch_sql(store: Store) -> list[tuple[str, tuple[Any, ...]]]:

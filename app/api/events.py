@@ -50,7 +50,7 @@ async def events(
     begin = place_of(cursor) if cursor else since
     place = await journal.oldest() if begin is None else await journal.place(begin)
     page = await journal.after(place, limit + 1)
-    items = [line.record for line in page[:limit] if who.sees(line.record.pool_name)]
+    items = [line.record for line in page[:limit] if who.sees(line.pool_name)]
     place = page[:limit][-1].revision if page else place
     more = next_cursor(place) if len(page) > limit else None
     if more:
@@ -64,7 +64,7 @@ async def _seen(batches: streams.Lines, who: Caller, still: Callable[[], bool]) 
     async for lines in batches:
         if not still():
             return
-        yield [line for line in lines if who.sees(line.record.pool_name)]
+        yield [line for line in lines if who.sees(line.pool_name)]
 
 
 async def _farewell() -> str:

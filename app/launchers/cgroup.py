@@ -63,7 +63,7 @@ class Group:
     def processes(self) -> Iterator[int]:
         """Give the numbers of the processes in it; subgroups that the runner made are its own."""
         for directory in self.directories[:1]:
-            for group in [directory, *(path.parent for path in directory.glob("**/cgroup.procs"))]:
+            for group in _with_subgroups(directory):
                 with contextlib.suppress(OSError):
                     yield from map(int, (group / "cgroup.procs").read_text().split())
 
@@ -86,7 +86,7 @@ class Group:
         """Remove it; a group that was just emptied may be busy for a moment, and one that does not go is left behind."""
         deadline = time.monotonic() + seconds
         for directory in filter(Path.exists, self.directories):
-            for path in sorted([directory, *(path for path in directory.glob("**/") if path != directory)], reverse=True):
+            for path in reversed(_with_subgroups(directory)):
                 while path.exists():
                     with contextlib.suppress(OSError):
                         path.rmdir()
@@ -94,6 +94,15 @@ class Group:
                     if time.monotonic() > deadline:
                         break
                     time.sleep(0.005)
+
+
+def _with_subgroups(directory: Path) -> list[Path]:
+    """Give a group and all that were made in it, each before those within it; one that goes meanwhile is no error."""
+    groups = [directory]
+    for group in groups:
+        with contextlib.suppress(FileNotFoundError), os.scandir(group) as entries:
+            groups += [Path(entry) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    return groups
 
 
 @dataclass(frozen=True, slots=True)

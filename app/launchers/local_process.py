@@ -11,6 +11,7 @@ could tell how it ended.
 
 import asyncio
 import contextlib
+import contextvars
 import errno
 import functools
 import logging
@@ -268,7 +269,8 @@ def _about() -> Mapping[str, JsonValue]:
 
 async def _in_thread(call: Callable[..., T], *arguments: object, undo: Callable[[T], None] | None = None) -> T:
     """Do what blocks in a thread, and wait for its end also when cancelled: it goes on anyway, and may hold what to undo."""
-    work = asyncio.create_task(asyncio.to_thread(call, *arguments))
+    context = contextvars.copy_context()  # as to_thread has it, which would need a task here
+    work = asyncio.get_running_loop().run_in_executor(None, functools.partial(context.run, call, *arguments))
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
