@@ -95,6 +95,7 @@ class KubernetesLauncher:
         self._fates: dict[str, Mapping[str, Sequence[Warned]]] = {}
         self._kept: dict[str, KeptLog] = {}
         self._held: dict[str, tuple[str, float]] = {}
+        self._signalled: set[str] = set()
         self._beside: set[asyncio.Task[None]] = set()
         self._watchers: set[asyncio.Queue[str | None]] = set()
         self._asking: asyncio.Task[None] | None = None
@@ -225,6 +226,7 @@ class KubernetesLauncher:
             kept.stop()
         for known in (self._last, self._held, self._fates):
             known.pop(runner_id, None)
+        self._signalled.discard(runner_id)
 
     async def _remove_orphaned_secret(self, runner_id: str) -> None:
         """Remove a Secret that has lost its owner: with its Job it goes by itself."""
@@ -384,6 +386,8 @@ class KubernetesLauncher:
                         await self._conclude(job, end)
                 case Held(problem=problem):
                     return {runner_id: Starting(problem)}
+                case Exited(exit=end) if job is None and runner_id in self._signalled:
+                    return {runner_id: replace(seen, exit=replace(end, stopped=True))}
                 case Starting() | Running() | Exited() | Gone():
                     return {runner_id: seen}
         return {}
@@ -474,6 +478,8 @@ class KubernetesLauncher:
         if job and job.stopping_at is None:
             await self._mark(job, {pods.STOPPING: _now()})
         match await self._signal(pod, "TERM" if grace > 0 else "KILL"):
+            case "told" if job is None:
+                self._signalled.add(pod.runner_id)  # there is no Job to write it on
             case "told" if job and not job.stopped:
                 await self._mark(job, {pods.STOPPED: _now()})
             case "ended" if job and job.stopping_at is None:
