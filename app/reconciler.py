@@ -323,8 +323,7 @@ class Reconciler:
         """Compare all that runs on an engine with what it says, in one call."""
         await asyncio.sleep(RESYNC_SECONDS)
         mine = self._ownership.holds(self._ownership.key_of(name))
-        accepted = await self._store.accepted() if mine else []
-        running = {runner.runner_id: runner for runner in accepted if runner.engine == name}
+        running = {runner.runner_id: runner for runner in (await self._store.accepted(name) if mine else [])}
         try:
             seen = await engine.launcher.observe([_handle(runner) for runner in running.values()]) if mine else {}
         except LauncherUnavailable:

@@ -41,6 +41,9 @@ from app.schema import (
 CANDIDATES = 5
 """How many runners are named to somebody whose short id means more than one."""
 
+MANY = 500
+"""From how many runners on sorting them takes longer than walking through all in order, to the next that is meant."""
+
 _ID = re.compile(r"runner-[0-9a-f]{12}")
 _BEGINNING = re.compile(r"runner-[0-9a-f]{1,11}")
 
@@ -330,11 +333,15 @@ class Store:
         query = sa.select(runners.c.runner_id).where(sa.not_(runners.c.cleaned)).order_by(runners.c.seq)
         return await self._read(lambda connection: list(connection.execute(query).scalars()))
 
-    async def accepted(self) -> list[Runner]:
+    async def accepted(self, engine: str) -> list[Runner]:
         """Give all live runners that an engine has accepted."""
         query = _whole().where(LIVE, runners.c.phase.in_(PLACED))
-        rows = await self._read(lambda connection: connection.execute(query).all())
-        return [runner for runner in map(_load, rows) if runner.accepted]
+
+        def read(connection: Connection) -> list[Runner]:
+            found = map(_load, connection.execute(query))  # in this thread, for they may be many
+            return [runner for runner in found if runner.accepted and runner.engine == engine]
+
+        return await self._read(read)
 
     async def queued(self, pool_name: str) -> list[str]:
         """Give the ids of the runners that wait for a place in a pool, the next one first."""
@@ -693,18 +700,24 @@ def _page(connection: Connection, wanted: Filter) -> tuple[list[Runner], int | N
             query = query.where(column == value)
     if wanted.phase in LIVE_PHASES:
         query = query.where(LIVE)
-    if wanted.pools is not None:
-        query = query.where(runners.c.pool_name.in_(wanted.pools))
+    few = wanted.phase in LIVE_PHASES
     if wanted.since is not None:
-        query = query.where(runners.c.created_at >= wanted.since)
-    if wanted.phase in LIVE_PHASES or wanted.since is not None:
-        # By an index, and sorted: else SQLite walks through all runners in order.
+        late = runners.c.created_at >= wanted.since
+        query, few = query.where(late), few or not _many(connection, late)
+    if few:  # by an index, and sorted: else SQLite walks through all runners in order
         query = query.order_by(None).order_by((runners.c.seq + 0).desc())
     if wanted.before is not None:
         query = query.where(seq < wanted.before)
-    rows = connection.execute(query).all()
+    # A page of each pool, for there is an index that has one pool's in order.
+    queries = [query] if wanted.pools is None else [query.where(runners.c.pool_name == name) for name in wanted.pools]
+    rows = [row for query in queries for row in connection.execute(query)]
+    rows.sort(key=lambda row: row.seq, reverse=True)
     page = rows[: wanted.limit]
     return [_load(row) for row in page], page[-1].seq if len(rows) > wanted.limit else None
+
+
+def _many(connection: Connection, condition: sa.ColumnElement[bool]) -> bool:
+    return connection.execute(sa.select(runners.c.seq).where(condition).offset(MANY).limit(1)).first() is not None
 
 
 def _sums() -> sa.Select[Any]:

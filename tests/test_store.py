@@ -776,7 +776,7 @@ async def test_live_runners_are_told_by_what_they_need(store: Store) -> None:
     ended = await end(store, await add(store, 4))
     gone = await end(store, await add(store, 5))
     await store.forget_spec(gone.runner_id)
-    assert await store.accepted() == [running]
+    assert await store.accepted("local-process") == [running]
     assert await store.unclean() == [starting.runner_id, runner.runner_id, queued.runner_id, ended.runner_id]
     assert await store.queued("other") == [queued.runner_id]
     assert await store.queued("local") == []
@@ -800,7 +800,7 @@ QUERIES: dict[str, Callable[[Store, Runner, Runner], Awaitable[object]]] = {
     "forget whole": lambda store, runner, _: store.forget([runner.runner_id]),
     "spec": lambda store, runner, _: by_the_database(store, runner).spec(runner.runner_id),
     "unclean": lambda store, _, __: store.unclean(),
-    "accepted": lambda store, _, __: store.accepted(),
+    "accepted": lambda store, _, __: store.accepted("local-process"),
     "queued": lambda store, _, __: store.queued("local"),
     "replayed": lambda store, _, __: store.replayed("ann", "k", "body"),
     "history": lambda store, runner, _: store.history(runner.runner_id),
@@ -823,6 +823,7 @@ QUERIES: dict[str, Callable[[Store, Runner, Runner], Awaitable[object]]] = {
     "list label": lambda store, _, __: store.page(Filter(labels=(("team", "core"),))),
     "list labels": lambda store, _, __: store.page(Filter(labels=(("team", "core"), ("tier", "1")))),
     "list label further": lambda store, _, __: store.page(Filter(labels=(("team", "core"),), before=MANY // 2)),
+    "list pools": lambda store, _, __: store.page(Filter(pools=("local", "nowhere"))),
     "list recent": lambda store, _, __: store.page(Filter(since=T + 10 * MANY)),
 }
 
@@ -844,6 +845,19 @@ async def test_no_query_reads_through_the_runners_of_the_past(store: Store, path
             scans = [line for line in plan if line.startswith("SCAN") and "INDEX" not in line]
             assert not scans or name.startswith("list"), f"{scans} for {statement}"
     assert asked
+
+
+@on_sqlite
+async def test_a_page_of_all_since_long_ago_is_no_look_at_them_all(store: Store, path: Path) -> None:
+    await add(store, 1)
+    fill(path)
+    asked = watch_sql(store)
+    page, more = await store.page(Filter(since=0, limit=10))
+    assert (len(page), more is not None) == (10, True)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert sum(count_steps(connection, statement, parameters) for statement, parameters in asked) < MANY
+    last, more = await store.page(Filter(since=0, limit=10, before=20))
+    assert ([runner.revision for runner in last] != [], more) == (True, None)
 
 
 @on_sqlite
