@@ -116,7 +116,7 @@ class Webhooks:
     async def set(self, targets: Sequence[Target]) -> None:
         """Have these told from now on. One that was told before goes on where it was, also after it was left out."""
         self._targets = targets
-        with contextlib.suppress(NotOwner):
+        with contextlib.suppress(NotOwner, Unavailable):  # then they are a moment later
             await self._tell(targets if self._ownership.holds(KEY) else ())
 
     async def keep_telling(self) -> None:
@@ -131,6 +131,8 @@ class Webhooks:
                 pass
             except Unavailable as error:
                 log.warning("webhooks are not told now: %s", error)
+            except Exception:
+                log.exception("telling webhooks failed, and goes on")
             await self._tell(())
             await asyncio.sleep(LOOK_SECONDS)
 
@@ -153,9 +155,9 @@ class Webhooks:
             hook = self._hooks.get(name)
             if hook is None:
                 raise await self._elsewhere()
+            del self._hooks[name]  # opened anew a moment later, should this fail
             try:
                 await hook.try_again()
-                del self._hooks[name]
                 self._hooks[name] = await self._open(hook.target)
             except NotOwner:
                 raise await self._elsewhere() from None
@@ -316,8 +318,10 @@ class _Hook:
         async def keep_at_it() -> None:
             with contextlib.suppress(NotOwner):  # whoever tells now takes it up
                 async with self._ownership.holding(KEY):
-                    while not await self._done(work):  # noqa: ASYNC110 - a pause, and no event to wait for
-                        await asyncio.sleep(self._pause(1))
+                    failures = 0
+                    while not await self._done(work):
+                        failures += 1
+                        await asyncio.sleep(self._pause(failures))
                 at_end()
 
         task = asyncio.create_task(keep_at_it(), name=f"webhook {self.target.name}: {name}")
