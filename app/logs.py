@@ -330,8 +330,19 @@ def _take(fresh: Path, size: int, kept: LogFile, spacing: Spacing, gaps: int) ->
         fresh.unlink()
         return False
     kept.times.write(spacing.marks)
+    _to_disk(fresh)
     fresh.rename(kept.path)
+    _to_disk(kept.path.parent)  # before the engine is told to forget it
     return gaps > 0
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a directory, as they are now."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _link(source: LogFile, kept: LogFile) -> None:
