@@ -85,7 +85,7 @@ class Database:
         self.shared = self._url.get_backend_name() == "postgresql"  # with other services
         self._writes: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, name="store writer", daemon=True)
-        self._wiped = True  # also by an earlier service, which may have been killed
+        self._scrub_due = True  # also by an earlier service, which may have been killed
         self._readers = ThreadPoolExecutor(READERS, "store reader")
         self._follower = threading.Thread(target=self._follow, name="store follower", daemon=True)
 
@@ -133,7 +133,7 @@ class Database:
         if not hasattr(self, "_write_engine"):
             self._write_engine = postgres.open_engine(self._url, 1, writes=True)
             self._read_engine = postgres.open_engine(self._url, READERS + 2, writes=False)  # two for the follower
-        self._wiped = False  # the server sees to what it deleted
+        self._scrub_due = False  # the server sees to what it deleted
 
     async def aclose(self) -> None:
         """Finish the writes that were asked for, and close."""
@@ -184,7 +184,7 @@ class Database:
 
     def wipe(self) -> None:
         """Have what a write deletes wiped from the log of past writes too; a server sees to that by itself."""
-        self._wiped = not self.shared
+        self._scrub_due = not self.shared
 
     async def hint(self, text: str) -> None:
         """Tell all who share this database something short, which they may miss."""
@@ -211,10 +211,12 @@ class Database:
 
     def _next(self) -> "_Pending | None":
         """Wait for a write; once there is none for a while, wipe what is left in the log of past ones."""
-        if self._wiped:
+        while self._scrub_due:
             with contextlib.suppress(queue.Empty):
                 return self._writes.get(timeout=IDLE_SECONDS)
-            self._wiped = not self._scrub()
+            self._scrub_due = False  # first, for there may be more to wipe meanwhile
+            if not self._scrub():
+                self._scrub_due = True
         return self._writes.get()
 
     def _scrub(self) -> bool:
@@ -230,7 +232,7 @@ class Database:
             try:
                 changes = self._transact(batch, deadline)
             except DBAPIError as error:
-                if self.shared and postgres.passes(error) and time.monotonic() < deadline and not self._ended.is_set():
+                if self.shared and postgres.passes(error) and time.monotonic() < deadline:
                     time.sleep(postgres.RECONNECT_SECONDS)
                     continue  # nothing of it was committed
                 log.exception("the store refused a write")
