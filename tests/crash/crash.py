@@ -458,7 +458,7 @@ async def judge(service: Service, launches: list[Launch], verdict: Verdict, poin
 
 
 async def what_is_left(service: Service, *, late: bool) -> dict[str, bool]:
-    """Look once all is settled: what was removed a moment ago may still be going.
+    """Look once all is settled: what was removed a moment ago may still be going (an old cluster collects once a minute).
 
     What the engine has made, not started, of an order that came late is for the sweep of the next start.
     """
@@ -471,7 +471,7 @@ async def what_is_left(service: Service, *, late: bool) -> dict[str, bool]:
 
 
 async def settled(world: World) -> dict[str, bool]:
-    deadline = time.monotonic() + max(5.0, world.settle_seconds / 5)
+    deadline = time.monotonic() + max(5.0, world.settle_seconds / 2)
     while (left := await world.leftovers()) and time.monotonic() < deadline:
         await asyncio.sleep(0.05)
     return left
