@@ -1,4 +1,4 @@
-"""A connection within limits: how many there are, how long the head of a request may be, and how long it may take.
+"""A connection within limits: how many there are, how long the head of a request may be, and how long all of it may take.
 
 What is refused here has no request yet, so it is told in as few words as HTTP allows. What is a request, the gate judges.
 """
@@ -12,8 +12,8 @@ from typing_extensions import override
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 65_536
-HEAD_SECONDS = 30.0
-"""How long a client may take to say what it wants; one that says nothing holds a connection no longer."""
+REQUEST_SECONDS = 30.0
+"""How long a client may take to say what it wants, body included; one that says nothing holds a connection no longer."""
 
 
 class Connection(HttpToolsProtocol):
@@ -31,7 +31,7 @@ class Connection(HttpToolsProtocol):
         if len(self.connections) > self._most:
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too-many-connections", f"{self._most} connections are the most")
             return
-        self._late = self.loop.call_later(HEAD_SECONDS, self._give_up)
+        self._late = self.loop.call_later(REQUEST_SECONDS, self._give_up)
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
@@ -51,14 +51,18 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._head = 0
         if self._late is None:
-            self._late = self.loop.call_later(HEAD_SECONDS, self._give_up)
+            self._late = self.loop.call_later(REQUEST_SECONDS, self._give_up)
         super().on_message_begin()
 
     @override
     def on_headers_complete(self) -> None:
         self._head = None
-        self._in_time()
         super().on_headers_complete()
+
+    @override
+    def on_message_complete(self) -> None:
+        self._in_time()
+        super().on_message_complete()
 
     def _in_time(self) -> None:
         if self._late:
@@ -66,7 +70,10 @@ class Connection(HttpToolsProtocol):
             self._late = None
 
     def _give_up(self) -> None:
-        self._refuse(HTTPStatus.REQUEST_TIMEOUT, "head-too-slow", f"no request within {HEAD_SECONDS:g} s")
+        if self._head is None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.close()  # amid an answer to what was not said to its end
+        else:
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT, "request-too-slow", f"no whole request within {REQUEST_SECONDS:g} s")
 
     def _refuse(self, status: HTTPStatus, code: str, detail: str) -> None:
         problem = {"type": "about:blank", "title": status.phrase, "status": status, "detail": detail, "code": code}

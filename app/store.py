@@ -471,12 +471,12 @@ def _check_slot(connection: Connection, runner: Runner) -> None:
     What an engine mounts by its path must not lie in the reach of a live runner either: it could put a link there just then.
     Local processes may share, as each enters the very directory that was checked.
     """
-    place = runner.slot_place
+    place = runner.slot_place or ""  # which nobody has
     bounds = {
         "place": place,
-        "above": [place[:at] for at, character in enumerate(place or "") if character == "/"] or [""],
-        "from": place and f"{place}/",
-        "to": place and f"{place}0",  # 0 comes after /
+        "above": [place[:at] for at, character in enumerate(place) if character == "/"] or [""],
+        "from": f"{place}/",
+        "to": f"{place}0",  # which comes after /
     }
     for holder in map(_load, connection.execute(_HOLDERS[connection.dialect.name], {"slot": runner.slot_id, **bounds})):
         if holder.slot_id == runner.slot_id or holder.slot_place == place:

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Json, Service, finished, launch_body, launched, problem
+from conftest import Json, Serve, Service, finished, launch_body, launched, problem
 from starlette.routing import BaseRoute, Route
 
 from app.api import gate, page
@@ -137,6 +137,23 @@ async def test_a_wrong_method_is_told_which_are_right(client: httpx.AsyncClient)
     assert (await client.put("/docs", json={})).headers["Allow"]
 
 
+async def test_head_is_answered_as_get_without_a_body(client: httpx.AsyncClient, slot: Path) -> None:
+    runner = await finished(client, await launched(client, launch_body(slot, "echo hello")))
+    for path in ("/runners", "/pools/local", "/livez", "/nothing", *runner["links"].values()):
+        got, head = await client.get(path), await client.head(path)
+        assert (head.status_code, head.content) == (got.status_code, b"")
+        own = {"x-request-id", "etag", "content-length"}  # which tell of the moment too
+        assert {*head.headers.items()} - {*got.headers.items()} <= {(name, head.headers.get(name, "")) for name in own}
+    assert (await anonymous(client, "HEAD", "/runners")).status_code == 401
+
+
+async def test_head_of_a_stream_ends(serve: Serve) -> None:
+    async with serve() as running, running.client() as client:
+        head = await client.head("/events", headers={"Accept": "text/event-stream"})
+        assert head.headers["content-type"].startswith("text/event-stream")
+        assert (await client.get("/livez")).status_code == 200  # on the same connection
+
+
 async def test_where_authentication_is_off_nobody_needs_a_token(service: Service, slot: Path, state_dir: Path) -> None:
     state_dir.mkdir()
     (state_dir / "token").write_text("unused")
@@ -187,7 +204,18 @@ async def test_the_service_answers_to_no_other_name(client: httpx.AsyncClient, h
     problem(await client.get(path, headers={"Host": host}), 403, "foreign-host", words="does not answer for the host")
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost.evil.example", "", "file://"])
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://evil.example",
+        "null",
+        "http://localhost.evil.example",
+        "",
+        "file://",
+        "http://203.0.113.5",
+        "http://[2001:db8::1]",
+    ],
+)
 @pytest.mark.parametrize("path", ["/runners", "/livez"])
 async def test_pages_of_others_may_not_call(client: httpx.AsyncClient, origin: str, path: str) -> None:
     problem(await client.get(path, headers={"Origin": origin}), 403, "foreign-origin", words="may not call this service")
@@ -196,6 +224,12 @@ async def test_pages_of_others_may_not_call(client: httpx.AsyncClient, origin: s
 @pytest.mark.parametrize("origin", ["http://localhost:8080", "http://127.0.0.1:8080", "http://[::1]:8080"])
 async def test_pages_of_our_own_may_call(client: httpx.AsyncClient, origin: str) -> None:
     assert (await client.get("/runners", headers={"Origin": origin})).status_code == 200
+
+
+async def test_a_page_that_comes_from_the_address_it_calls_is_our_own(client: httpx.AsyncClient) -> None:
+    page = {"Host": "10.1.2.3:8080", "Origin": "http://10.1.2.3:8080"}
+    assert (await client.get("/runners", headers=page)).status_code == 200
+    problem(await client.get("/runners", headers=page | {"Origin": "http://10.1.2.4:8080"}), 403, "foreign-origin")
 
 
 # What kind of body.

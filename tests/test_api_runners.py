@@ -996,7 +996,8 @@ async def test_no_answer_tells_a_secret(service: Service, slot: Path) -> None:
 
 def everything(runner: Json) -> list[str]:
     links = runner["links"]
-    return [*links.values(), "/runners", "/pools", "/pools/local", "/livez", "/readyz", "/openapi.json"]
+    more = ["/runners", "/events", "/pools", "/pools/local", "/engines", "/metrics", "/livez", "/readyz", "/openapi.json"]
+    return [*links.values(), f"{links['self']}/diagnosis", *more]
 
 
 async def test_after_the_end_no_secret_is_left_in_the_state_directory(service: Service, slot: Path, state_dir: Path) -> None:

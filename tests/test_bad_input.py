@@ -416,6 +416,15 @@ async def test_a_slot_path_that_is_none_is_refused(client: httpx.AsyncClient, sl
     await refused(client, body, 422, "invalid", "/slot/slot_path", words=words)
 
 
+async def test_what_lies_outside_the_roots_is_told_to_nobody(client: httpx.AsyncClient, slot: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("/etc/passwd")
+    for name in ("file", "link", "not-there", "file/below"):
+        body = changed(launch_body(slot), "/slot/slot_path", f"{tmp_path}/{name}")
+        words = f"{tmp_path}/{name} is not under any of the slot roots"
+        await refused(client, body, 422, "slot-outside-roots", "/slot/slot_path", words=words)
+
+
 async def test_without_slot_roots_no_slot_can_be_entered(service: Service, slot: Path) -> None:
     async with service(slot_roots=()) as client:
         words = "RUNNER_LAUNCHER_SLOT_ROOTS is empty"

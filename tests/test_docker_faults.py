@@ -305,6 +305,28 @@ async def asked_for(client: httpx.AsyncClient, body: Json) -> Json:
     return record
 
 
+# A slot that is something else once it was checked.
+
+
+async def test_a_slot_that_became_a_link_while_its_container_was_made_is_not_mounted(
+    *, service: Service, docker: Docker, proxy: Proxy, slot: Path, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    launch_body(outside, "echo here >was")
+    async with service(docker.pools(), installation=docker.installation) as client:
+        proxy.spoil(CREATE, "wait")
+        runner = await asked_for(client, launch_body(slot, COUNT, pool="docker"))
+        await proxy.seen(CREATE)
+        slot.rename(slot.with_name("away"))
+        slot.symlink_to(outside)
+        proxy.heal()
+        record = await finished(client, runner, SECONDS)
+        await until(lambda: asyncio.to_thread(lambda: not docker.containers()), SECONDS)
+    assert (record["reason"], proxy.count(START)) == ("config_error", 0)
+    assert "leads elsewhere than when it was checked" in record["message"]
+    assert not (outside / "was").exists()
+
+
 # A lying engine: whatever it says, there is one container, started once.
 
 CREATE = r"POST /containers/create"

@@ -1,6 +1,7 @@
 """What a container is held to, measured from inside it and told by the record, on a real engine through the front door."""
 
 import asyncio
+import json
 import os
 import re
 import secrets
@@ -140,6 +141,46 @@ async def test_a_runner_has_no_capability_and_can_gain_none(docker: Docker) -> N
     assert record["exit_code"] == 0
     assert [of_status(output, f"Cap{kind}") for kind in ("Eff", "Prm", "Bnd", "Inh", "Amb")] == [0] * 5
     assert of_status(output, "NoNewPrivs") == 1
+
+
+async def test_a_runner_reaches_nothing_of_the_machine_or_the_service(docker: Docker, state_dir: Path) -> None:
+    other = docker.slot.with_name("slot-2")
+    other.mkdir()
+    tries = f"""
+        ls {HOST.removeprefix("unix://")}
+        ls {state_dir}
+        ls {other}
+        ls {docker.slot}/..
+        mount -t tmpfs none /mnt
+        mount -o remount,rw /sys
+        mount -o remount,rw /proc/sys
+        mknod /tmp/disk b 8 0
+        mknod /tmp/memory c 1 1
+        chown 1:1 /workspace/agent.sh
+        chroot / true
+        chmod 777 /proc/sysrq-trigger
+        kill -0 {os.getpid()}
+    """
+    tried = "".join(f"({line}) >/dev/null 2>&1 && echo 'reached: {line.strip()}'\n" for line in tries.strip().splitlines())
+    record, output = await docker.run(f"{tried}echo done; exit 0")
+    assert (record["exit_code"], output) == (0, "done\n")
+
+
+async def test_what_the_engine_shows_of_a_runner_holds_secrets_in_its_environment_alone(docker: Docker) -> None:
+    config = {"image": IMAGE, "docker_host": HOST, "command": ["sh", "agent.sh"], "pull_policy": "never"}
+    pool = {"type": "docker", "config": {**config, "environment": {"API_KEY": "canary-of-the-pool"}}}
+    body = launch_body(
+        docker.slot, "exec sleep 600", pool="docker", description="canary-in-the-task", metadata={"a": "canary"}
+    )
+    async with docker.service({"docker": pool}, installation=docker.installation) as client:
+        runner = await launched(client, body)
+        shown = await asyncio.to_thread(docker.api.ask, f"/containers/{runner['container_id']}/json")
+        token = next(line for line in shown["Config"].pop("Env") if line.startswith("RUNNER_TOKEN=")).partition("=")[2]
+        listed = await asyncio.to_thread(docker.api.containers, f"{INSTALLATION}={docker.installation}")
+        await client.delete(f"/runners/{runner['runner_id']}?grace=0")
+        await finished(client, runner, SECONDS)
+        await until(lambda: asyncio.to_thread(docker._nothing_is_left))
+    assert not [word for word in ("canary", token) if word in json.dumps([shown, listed])]
 
 
 async def test_a_runner_gets_the_capability_that_the_pool_gives(docker: Docker) -> None:

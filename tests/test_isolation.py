@@ -5,7 +5,8 @@ import pwd
 import tempfile
 from pathlib import Path
 
-from conftest import Service, finished, launch_body, launched, local_pool, problem, read
+import pytest
+from conftest import TELL, Service, finished, launch_body, launched, local_pool, problem, read, told, written
 from engines import needs_root
 
 root = needs_root("only root can start a process as another user")
@@ -65,3 +66,49 @@ async def test_a_user_who_may_not_read_the_state_directory_cannot(service: Servi
         await finished(client, runner)
         output = (await client.get(f"/runners/{runner['runner_id']}/logs")).text
     assert output.count("Permission denied") == 2
+
+
+@root
+async def test_a_runner_reaches_nothing_of_the_service_or_of_another_user(
+    service: Service, slot: Path, state_dir: Path
+) -> None:
+    give_to_everybody(slot)
+    other = slot.with_name("slot-2")
+    other.mkdir()
+    give_to_everybody(other)
+    async with service({"victim": local_pool(user="12345"), "local": local_pool(user="nobody")}) as client:
+        victim = await launched(client, launch_body(other, "echo $TASK_CONTEXT_FILE >where; exec sleep 600", pool="victim"))
+        context = Path((await written(other / "where")).strip())
+        run, service_pid = state_dir / "runners" / victim["runner_id"], os.getpid()
+        tries = [
+            f"ls {state_dir}",
+            f"ls {run}",
+            f"echo >{run}/alive",
+            f"cat {run}/log",
+            f"cat {state_dir}/runners.db",
+            f"ls {context.parent}",
+            f"cat {context}",
+            f"cat {context.with_name('environment.sh')}",
+            f"mv {context.parent} {context.parent}-away",
+            *(f"cat /proc/{pid}/environ" for pid in (victim["pid"], service_pid)),
+            *(f"ls /proc/{pid}/fd/" for pid in (victim["pid"], service_pid)),
+            *(f"ls /proc/{pid}/cwd/" for pid in (victim["pid"], service_pid)),
+            *(f"kill -0 {pid}" for pid in (victim["pid"], service_pid)),
+            f"echo 0 >/sys/fs/cgroup/memory/runner-launcher/{victim['runner_id']}/tasks",
+            "[ -w /var/run/docker.sock ]",
+        ]
+        tried = "".join(f"({line}) >/dev/null 2>&1 && echo 'reached: {line}'\n" for line in tries)
+        runner = await launched(client, launch_body(slot, f"{tried}echo done; exit 0"))
+        await finished(client, runner)
+        assert (await client.get(f"/runners/{runner['runner_id']}/logs")).text == "done\n"
+
+
+@pytest.mark.parametrize("user", [None, pytest.param("nobody", marks=root)])
+async def test_no_list_of_processes_shows_a_secret(service: Service, slot: Path, user: str | None) -> None:
+    give_to_everybody(slot)
+    async with service({"local": local_pool(user=user, environment={"API_KEY": "canary-of-the-pool"})}) as client:
+        await launched(client, launch_body(slot, TELL + "exec sleep 600", description="canary-in-the-task"))
+        secrets = ["canary-of-the-pool", "canary-in-the-task", (await told(slot))["RUNNER_TOKEN"]]
+        lists = [read(path) for path in Path("/proc").glob("[0-9]*/cmdline")]
+    assert any("sleep\x00600" in shown for shown in lists)
+    assert not [shown for shown in lists if any(secret in shown for secret in secrets)]

@@ -241,6 +241,28 @@ async def test_an_image_without_a_user_runs_as_nobody_special_and_can_write_its_
     assert lines == [[b"65532"], [b"65532"], [b"/workspace"], [b"NoNewPrivs:", b"1"], [b"CapEff:", b"0000000000000000"]]
 
 
+async def test_a_runner_reaches_nothing_of_the_cluster_or_its_node(house: House) -> None:
+    tries = (
+        "ls /var/run/secrets/kubernetes.io",
+        "ls /run/secrets/kubernetes.io",
+        "ls /var/run/docker.sock",
+        "ls /etc/kubernetes",
+        "touch /told",
+        "touch /runner-launcher/told/x",
+        "mount -t tmpfs none /mnt",
+        "mknod /tmp/disk b 8 0",
+        "chown 1:1 /workspace",
+        "su -c true",
+        "[ $(id -u) = 0 ]",
+        "grep -q 'CapBnd:.*[1-9a-f]' /proc/self/status",
+        "grep -q 'NoNewPrivs:.*0' /proc/self/status",
+    )
+    tried = "".join(f"({line}) >/dev/null 2>&1 && echo 'reached: {line}'\n" for line in tries)
+    handle = await house.launch(f"{tried}echo done; exit 0")
+    assert (await house.end(handle)).code == 0
+    assert await house.log(handle) == [b"done"]
+
+
 async def test_where_a_runner_is_and_of_what_image_is_told_while_it_runs_and_after_its_end(house: House) -> None:
     handle = await house.ready(HANDLES_TERM)
     pod = await house.pod(handle)

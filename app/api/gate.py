@@ -1,7 +1,8 @@
 """What every request passes before a route sees it: its id, its Host and Origin, its token, the size of its body.
 
 Host and Origin are checked because a page that a browser shows must not be able to talk to a service on this machine, be it
-by a name that suddenly means 127.0.0.1. An address in digits cannot be made to mean another, so it is let in.
+by a name that suddenly means 127.0.0.1. An address in digits cannot be made to mean another, so the service answers to it; a
+page that comes from an address may call if it is this one, or this machine's.
 """
 
 import functools
@@ -46,6 +47,9 @@ HARMLESS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 audit = logging.getLogger("audit")
 
+ONCE = ("host", "origin", "authorization", "content-type")
+"""What decides who may come in; said twice, a proxy before us may have looked at the other one."""
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -71,7 +75,14 @@ class Gate:
         log_lines.request_id.set(request_id)
         span = self._span(scope, headers)
 
+        bodiless, told, received = scope["method"] == "HEAD", False, 0
+
         async def send_named(message: Message) -> None:
+            nonlocal told
+            if bodiless and message["type"] == "http.response.body":
+                if told:
+                    return
+                told, message = True, {"type": "http.response.body"}  # the end of it, also of a stream that has none
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
@@ -80,8 +91,6 @@ class Gate:
                 if span:
                     span.answered(scope, message["status"])
             await send(message)
-
-        received = 0
 
         async def receive_bounded() -> Message:
             nonlocal received
@@ -96,7 +105,8 @@ class Gate:
         except RequestRefused as error:
             await answer(Request(scope), error)(scope, receive, send_named)
         else:
-            await self._app(scope, receive_bounded, send_named)
+            # What HEAD asks for is what GET would give.
+            await self._app({**scope, "method": "GET"} if bodiless else scope, receive_bounded, send_named)
 
     def _span(self, scope: Scope, headers: Mapping[str, str]) -> "_Span | None":
         """Begin to trace a request, if somebody wants that; those that only look whether we live are none."""
@@ -110,8 +120,10 @@ class Gate:
         scope["traceparent"] = str(span.place)
         return span
 
-    def _admit(self, scope: Scope, headers: Mapping[str, str]) -> None:
+    def _admit(self, scope: Scope, headers: Headers) -> None:
         """Raise RequestRefused unless this may come in; notes who asks."""
+        if len(headers) > len(set(headers)):  # seldom, and mostly harmless
+            _check_doubles(headers)
         self._check_names(headers)
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > MAX_BODY_BYTES:
@@ -142,7 +154,7 @@ class Gate:
         if host not in self._names and not _is_address(host):
             raise NotPermitted(f"this service does not answer for the host {host!r}", code="foreign-host")
         origin = headers.get("origin")
-        if origin is not None and _host(origin) not in self._names and not _is_address(_host(origin)):
+        if origin is not None and _host(origin) not in {*self._names, host} and not _is_loopback(_host(origin)):
             raise NotPermitted(f"pages of {origin} may not call this service", code="foreign-origin")
 
 
@@ -177,6 +189,12 @@ def _note(scope: Scope, status: int, location: str | None) -> None:
     audit.info("%s: %s: %d%s (request %s)", caller, called, status, f" {location}" * bool(location), scope["request_id"])
 
 
+def _check_doubles(headers: Headers) -> None:
+    for name in ONCE:
+        if len(headers.getlist(name)) > 1:
+            raise InvalidRequest(f"a request may say {name} once", code="said-twice")
+
+
 @functools.lru_cache(256)  # asked of every request, and mostly the same
 def _host(url: str) -> str:
     try:
@@ -192,3 +210,7 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_loopback(host: str) -> bool:
+    return _is_address(host) and ipaddress.ip_address(host).is_loopback
