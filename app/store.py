@@ -20,7 +20,7 @@ from app.database import BATCH, Database, Fence, Write
 from app.errors import AmbiguousId, InvalidRequest, NotFound, PoolFull, SlotBusy
 from app.events import Change, Event
 from app.launcher import LaunchSpec
-from app.pools import PoolType, Rate, Usage
+from app.pools import Rate, Usage
 from app.reason import Reason
 from app.recent import MOST, Recent
 from app.runner import LIVE as LIVE_PHASES
@@ -466,24 +466,11 @@ def _insert(
 
 
 def _check_slot(connection: Connection, runner: Runner) -> None:
-    """Raise SlotBusy if the slot, by its id or its place, has a live runner.
-
-    What an engine mounts by its path must not lie in the reach of a live runner either: it could put a link there just then.
-    Local processes may share, as each enters the very directory that was checked.
-    """
-    place = runner.slot_place or ""  # which nobody has
-    bounds = {
-        "place": place,
-        "above": [place[:at] for at, character in enumerate(place) if character == "/"] or [""],
-        "from": f"{place}/",
-        "to": f"{place}0",  # which comes after /
-    }
-    for holder in map(_load, connection.execute(_HOLDERS[connection.dialect.name], {"slot": runner.slot_id, **bounds})):
-        if holder.slot_id == runner.slot_id or holder.slot_place == place:
-            raise SlotBusy(f"slot {runner.slot_id} is held by {holder.runner_id}, which is {holder.phase}", holder)
-        if not holder.engine == runner.engine == PoolType.LOCAL_PROCESS:
-            text = f"slot {runner.slot_id} lies in, or around, that of {holder.runner_id}, which is {holder.phase}"
-            raise SlotBusy(text, holder)
+    """Raise SlotBusy if the slot, by its id or its place, has a live runner."""
+    row = connection.execute(_HOLDER, {"slot": runner.slot_id, "place": runner.slot_place}).first()
+    if row:
+        holder = _load(row)
+        raise SlotBusy(f"slot {runner.slot_id} is held by {holder.runner_id}, which is {holder.phase}", holder)
 
 
 def _turn(connection: Connection, pool_name: str, rate: Rate | None, now: float) -> float:
@@ -760,15 +747,10 @@ _OF_ID = runners.c.runner_id == sa.bindparam("id")
 _OF_POOL = runners.c.pool_name == sa.bindparam("pool")
 _BY_ID = _whole().where(_OF_ID)
 _CURRENT = sa.select(runners.c.revision, runners.c.last_heartbeat, runners.c.cleaned).where(_OF_ID)
-_HOLDERS = {
-    dialect: sa.union_all(  # with OR SQLite would look through all live runners
-        _whole().where(runners.c.slot_id == sa.bindparam("slot"), LIVE),
-        _whole().where(runners.c.slot_place == sa.bindparam("place"), LIVE),
-        _whole().where(runners.c.slot_place.in_(sa.bindparam("above", expanding=True)), LIVE),
-        _whole().where(by_bytes > sa.bindparam("from"), by_bytes < sa.bindparam("to"), LIVE),
-    )
-    for dialect, by_bytes in {"sqlite": runners.c.slot_place, "postgresql": sa.collate(runners.c.slot_place, "C")}.items()
-}
+_HOLDER = sa.union_all(  # with OR SQLite would look through all live runners
+    _whole().where(runners.c.slot_id == sa.bindparam("slot"), LIVE),
+    _whole().where(runners.c.slot_place == sa.bindparam("place"), LIVE),
+).limit(1)
 _POOL_SUMS = _sums().add_columns(runners.c.phase).where(_OF_POOL).group_by(runners.c.phase)
 _ALL_QUEUED = sa.select(runners.c.runner_id).where(LIVE, runners.c.phase == Phase.QUEUED)
 _QUEUED = sa.select(runners.c.runner_id).where(LIVE, _OF_POOL, runners.c.phase == Phase.QUEUED).order_by(runners.c.seq)

@@ -228,26 +228,9 @@ async def test_a_slot_has_one_live_runner_and_a_second_is_told_who_holds_it(
     await add(store, 3, **second)
 
 
-@pytest.mark.parametrize("engines", [("docker:unix:", "docker:unix:"), ("docker:unix:", "local-process")], ids=str)
-@pytest.mark.parametrize(("first", "second"), [("a", "a/b"), ("a/b/c", "a"), ("a/b/c", "a/b")])
-async def test_a_slot_that_is_mounted_lies_neither_in_nor_around_that_of_a_live_runner(
-    store: Store, first: str, second: str, engines: tuple[str, str]
-) -> None:
-    ways = [(first, second, *engines), (first, second, *reversed(engines)), (second, first, *engines)]
-    for number, (held, asked, engine, engine_2) in enumerate(ways):
-        holder = await add(store, number, slot_place=f"node:/slots/{held}", engine=engine)
-        with pytest.raises(SlotBusy, match=f"lies in, or around, that of {holder.runner_id}"):
-            await add(store, 10 + number, slot_place=f"node:/slots/{asked}", engine=engine_2)
-        await end(store, holder)
-        await end(store, await add(store, 10 + number, slot_place=f"node:/slots/{asked}", engine=engine_2))
-
-
-async def test_slots_of_local_processes_may_lie_in_one_another_and_neighbours_are_none(store: Store) -> None:
+async def test_slots_may_lie_in_one_another(store: Store) -> None:
     for number, place in enumerate(("a", "a/b", "", "a/b/c"), 1):
-        await add(store, number, slot_place=f"node:/slots{place and '/'}{place}", engine="local-process")
-    await add(store, 10, slot_place="node:/more/b", engine="docker:unix:")
-    for number, name in enumerate(("a", "bb", "b-", "b.", "b0", "B", "é"), 11):
-        await add(store, number, slot_place=f"node:/more/{name}", engine="docker:unix:")
+        await add(store, number, slot_place=f"node:/slots{place and '/'}{place}", engine="docker:unix:")
 
 
 async def test_slots_elsewhere_and_runners_without_a_place_are_no_hindrance(store: Store, database: Database) -> None:
