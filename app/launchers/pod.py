@@ -443,7 +443,10 @@ def _end(pod: Pod, told: Mapping[str, Sequence[Warned]], *, stopped: bool | None
             text = f"init container {name} exited with code {how.get('exitCode')}"
             words = how.get("message") or how.get("reason") or ""
             return Exit(reason=Reason.INIT_FAILED, message=f"{text}: {words}".strip(": "), stopped=stopped)
-        reason, text = disruption or (Reason.LOST, "its pod ended, and nothing tells how its program did")
+        lost = (Reason.LOST, "its pod ended, and nothing tells how its program did")
+        if pod.deleted and stopped is False:
+            lost = (Reason.DELETED, "its pod was deleted, not by us, and nothing tells how its program ended")
+        reason, text = disruption or lost
         return Exit(reason=reason, message=text, stopped=stopped)
     code, why, words = ended.get("exitCode"), ended.get("reason", ""), ended.get("message") or ""
     end = Exit(
