@@ -1,6 +1,7 @@
 """A launcher on a real cluster, for tests of what goes wrong there. Found and skipped as the contract's is."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
@@ -13,6 +14,7 @@ import pytest
 from kubernetes_world import IMAGE, Door, Json, World, cluster_session, write_kubeconfig
 from launcher_contract import RUNS_ON, Script, new_id
 
+from app.errors import LauncherUnavailable
 from app.launcher import Exit, Exited, Handle, LaunchSpec, Observation, Running, Starting
 from app.launchers.kubernetes import KubernetesLauncher
 
@@ -49,11 +51,14 @@ class House:
         return (await self.launcher.observe([handle])).get(handle.runner_id)
 
     async def until(self, handle: Handle, check: Callable[[Observation | None], bool], seconds: float = SECONDS) -> Any:  # noqa: ANN401 - narrowed by the check
-        deadline = time.monotonic() + seconds
-        while not check(seen := await self.see(handle)):
+        """Look until it is so. That the API does not answer in time is no answer: a machine may be very busy."""
+        deadline, seen = time.monotonic() + seconds, None
+        while True:
+            with contextlib.suppress(LauncherUnavailable):
+                if check(seen := await self.see(handle)):
+                    return seen
             assert time.monotonic() < deadline, f"not within {seconds} s; seen is {seen}"
             await asyncio.sleep(0.05)
-        return seen
 
     async def running(self, handle: Handle) -> None:
         await self.until(handle, lambda seen: isinstance(seen, Running))

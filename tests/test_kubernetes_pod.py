@@ -279,6 +279,15 @@ def test_why_a_pod_was_deleted_that_does_not_tell_itself(conditions: Any, event:
         assert end_of(seen(job(), pod(state=ended(0), phase="Succeeded"), warnings=told)).reason is None
 
 
+def test_a_deleted_pod_whose_node_tells_no_code_is_told_as_deleted() -> None:
+    silent = pod(phase="Failed")
+    silent["metadata"]["deletionTimestamp"] = THEN
+    answer = seen(job(), silent)
+    assert isinstance(answer, Conclude)  # written down, for nothing will tell it when the pod is gone
+    assert end_of(answer).reason is Reason.DELETED
+    assert end_of(seen(job(stopped_at="1"), silent)).stopped is True
+
+
 def test_of_an_end_without_a_job_nothing_tells_whether_a_stop_came_first() -> None:
     assert end_of(seen(None, pod(state=ended(143), phase="Failed"))).stopped is None
 

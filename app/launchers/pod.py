@@ -294,7 +294,8 @@ def look(
     if job and (len(pods) > 1 or job.first_pod not in {None, first.uid}):
         return _second(job, pods, last, told, now)
     if not alive:
-        return Exited(_noted(job, _end(first, told, stopped=_stopped(job, first))), first.place)
+        end = _noted(job, _end(first, told, stopped=_stopped(job, first)))
+        return Conclude(end) if job and first.deleted else Exited(end, first.place)
     if first.started:
         return Running(first.place)
     return _held(job, first, told.get(first.uid, ()))
@@ -436,6 +437,7 @@ def _end(pod: Pod, told: Mapping[str, Sequence[Warned]], *, stopped: bool | None
     """Say how a pod's main process ended."""
     ended = pod.state.get("terminated")
     disruption = _disruption(pod, told)
+    lost = Reason.DELETED if pod.deleted and stopped is False else Reason.LOST
     if not ended:
         failed = next(((name, state["terminated"]) for name, state in pod.inits if _failed(state)), None)
         if failed and pod.reason not in _POD_REASONS:
@@ -443,7 +445,8 @@ def _end(pod: Pod, told: Mapping[str, Sequence[Warned]], *, stopped: bool | None
             text = f"init container {name} exited with code {how.get('exitCode')}"
             words = how.get("message") or how.get("reason") or ""
             return Exit(reason=Reason.INIT_FAILED, message=f"{text}: {words}".strip(": "), stopped=stopped)
-        reason, text = disruption or (Reason.LOST, "its pod ended, and nothing tells how its program did")
+        what = "was deleted, not by us" if lost is Reason.DELETED else "ended"
+        reason, text = disruption or (lost, f"its pod {what}, and nothing tells how its program did")
         return Exit(reason=reason, message=text, stopped=stopped)
     code, why, words = ended.get("exitCode"), ended.get("reason", ""), ended.get("message") or ""
     end = Exit(
@@ -453,7 +456,7 @@ def _end(pod: Pod, told: Mapping[str, Sequence[Warned]], *, stopped: bool | None
         finished_at=seconds(ended["finishedAt"]) if ended.get("finishedAt") else None,
     )
     if why == "ContainerStatusUnknown":
-        reason, text = disruption or (Reason.LOST, f"{why}: {words}")
+        reason, text = disruption or (lost, f"{why}: {words}")
         return replace(end, code=None, reason=reason, message=text)
     if why in {"ContainerCannotRun", "StartError"} and stopped:  # torn down as it was being made
         return replace(end, code=None, stopped=True, message=f"ended before it started: {words}")
