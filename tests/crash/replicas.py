@@ -165,7 +165,10 @@ class Replica(Service):
 
 
 def _state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""  # it has just died
 
 
 class Either(httpx.AsyncBaseTransport):
