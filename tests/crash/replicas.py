@@ -59,7 +59,7 @@ POINTS = (
 AT = "frozen at "
 FAULTS = ("killed", "frozen", "cut off", "held")
 DATABASE = "database restarted"
-SETTLE_SECONDS = 300.0
+SETTLE_SECONDS = 600.0
 """How long all may take to end on a machine that is busy; what is left on engines may be there for a fifth of it more."""
 AWAY_SECONDS = 8.0
 """Longest that a replica stays away: sometimes longer than a lease."""
