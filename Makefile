@@ -41,8 +41,8 @@ test: .venv/ready ## all tests; what this machine lacks is skipped with a reason
 crash: .venv/ready ## kill the service ROUNDS times with launches in flight, and see that nothing is lost
 	$(BIN)/python tests/crash/crash.py --rounds $(or $(ROUNDS),20) --kind $(or $(KIND),local-process) $(CRASH_ARGS)
 
-replicas: .venv/ready ## kill two replicas in turn with launches in flight: DATABASE=postgresql://... of an empty database
-	$(BIN)/python tests/crash/replicas.py --rounds $(or $(ROUNDS),20) --database $(DATABASE) $(CRASH_ARGS)
+replicas: .venv/ready ## kill, freeze and cut off two replicas in turn: DATABASE=postgresql://... of an empty database
+	$(BIN)/python tests/crash/replicas.py --rounds $(or $(ROUNDS),20) --kind $(or $(KIND),docker) --database $(DATABASE) $(CRASH_ARGS)
 
 faults: .venv/ready ## faults of engines, machine and database, also those that take minutes, and one table of them
 	$(BIN)/python -m pytest -m "slow or fault" --timeout 900 $(PYTEST_ARGS)

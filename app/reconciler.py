@@ -243,7 +243,9 @@ class Reconciler:
         except Unavailable as error:
             log.warning("%s cannot be taken over yet: %s", key, error)
             await asyncio.sleep(1)
-            self._begin(self._take_over(key))
+            if self._ownership.holds(key):  # else it comes again with the lease
+                self._begin(self._take_over(key))
+            return
         await self._sweep_under(key)
 
     async def _hand_over(self, key: str) -> None:

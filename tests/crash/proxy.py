@@ -41,6 +41,7 @@ class Proxy:
         self._flowing.set()
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
 
     async def open(self) -> None:
         self._server = await self._listen(self._connected)
@@ -57,8 +58,8 @@ class Proxy:
     def cut(self) -> None:
         """End all connections, and take no new ones until it is opened again."""
         self._shut()
-        for connection in self._connections:
-            connection.cancel()
+        for writer in self._writers:
+            writer.close()
 
     def hold(self) -> None:
         """Keep all that is said from now on, either way, and say nothing of it; new connections are taken, and held too."""
@@ -93,6 +94,7 @@ class Proxy:
         task = asyncio.current_task()
         assert task
         self._connections.add(task)
+        self._writers.add(writer)
         self._next_life.set()
         try:
             engine = await self._connect()
@@ -105,6 +107,7 @@ class Proxy:
                 engine[1].close()
         finally:
             writer.close()
+            self._writers.discard(writer)
             self._connections.discard(task)
 
     async def _carry(
@@ -150,12 +153,10 @@ class Proxy:
                 await writer.drain()
 
         sides = [asyncio.create_task(ask()), asyncio.create_task(answer())]
-        try:
-            await asyncio.wait(sides, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for side in sides:
-                side.cancel()
-            await asyncio.gather(*sides, return_exceptions=True)
+        await asyncio.wait(sides, return_when=asyncio.FIRST_COMPLETED)
+        for side in sides:
+            side.cancel()
+        await asyncio.gather(*sides, return_exceptions=True)
 
     def _called(self, data: bytes) -> str:
         """Name the call that a piece begins; a client waits for each answer, so a call begins its piece."""

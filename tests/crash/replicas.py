@@ -59,7 +59,8 @@ POINTS = (
 AT = "frozen at "
 FAULTS = ("killed", "frozen", "cut off", "held")
 DATABASE = "database restarted"
-SETTLE_SECONDS = 120.0
+SETTLE_SECONDS = 600.0
+"""How long all may take to end on a machine that is busy; what is left on engines may be there for a fifth of it more."""
 AWAY_SECONDS = 8.0
 """Longest that a replica stays away: sometimes longer than a lease."""
 
@@ -164,7 +165,10 @@ class Replica(Service):
 
 
 def _state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""  # it has just died
 
 
 class Either(httpx.AsyncBaseTransport):
