@@ -211,9 +211,7 @@ class DockerLauncher:
                         about = await container.show()
                     if _status(about) != "created":
                         return handle
-                    if await self._was_begun(container_id):
-                        text = "the engine died while it was starting the container, and does not know what became of it"
-                        raise LauncherUnavailable(f"{text}: it is not started again")
+                    await self._check_never_begun(container_id)
                 await asyncio.to_thread(self._look_at_slot, spec)  # once more: a pull may have taken minutes
                 with self._asking("starting the container", refused=Reason.LAUNCH_REJECTED):
                     await self._to_its_end(runner_id, container.start(), "start")
@@ -225,14 +223,18 @@ class DockerLauncher:
             raise
         return handle
 
-    async def _was_begun(self, container_id: str) -> bool:
-        """Whether a container that is said to be created was in truth begun: an engine killed at that moment forgets it.
+    async def _check_never_begun(self, container_id: str) -> None:
+        """Refuse a container that is said to be created and was begun: an engine that is killed at that moment forgets it.
 
-        The init process is put into a container's files as it starts, and never before.
+        The init process is put into a container's files as it starts, and never before. Raises LauncherUnavailable.
         """
         with self._asking("looking at the container's files"):
             changes = await self._docker._query_json(f"containers/{container_id}/changes")  # noqa: SLF001 - has no other way
-        return any(change["Path"] == "/sbin/docker-init" for change in changes or ())
+        if any(change["Path"] == "/sbin/docker-init" for change in changes or ()):
+            text = (
+                "the engine died as it started the container, and does not know what became of it: it is not started again"
+            )
+            raise LauncherUnavailable(text)
 
     async def _settle(self, runner_id: str, found: Json, spec: LaunchSpec) -> Handle:
         """Give the container that is there; start it if whoever made it never did."""

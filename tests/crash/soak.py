@@ -288,10 +288,10 @@ class Soak:
     async def measure(self) -> None:
         """Note from time to time what the service holds."""
         while True:
-            if len(self.samples) % 30 == 29:
-                print(f"{100 * self.passed:3.0f} %  {self.samples[-1]}  faults {dict(self.verdict.faults)}", flush=True)
             with contextlib.suppress(OSError, aiohttp.ClientError, httpx.TransportError, IndexError):  # one is dead just now
                 self.samples.append(await self.sample())
+                if len(self.samples) % 30 == 0:
+                    print(f"{100 * self.passed:3.0f} %  {self.samples[-1]}  faults {dict(self.verdict.faults)}", flush=True)
             await asyncio.sleep(min(2.0, max(0.4, self.seconds / 600)))
 
     async def sample(self) -> Json:
