@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo serve check test crash replicas faults bench openapi hooks audit dist reference docs image lint screenshots lock clean
+.PHONY: help demo serve check test crash replicas soak faults bench openapi hooks audit dist reference docs image lint screenshots lock clean
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
@@ -43,6 +43,9 @@ crash: .venv/ready ## kill the service ROUNDS times with launches in flight, and
 
 replicas: .venv/ready ## kill, freeze and cut off two replicas in turn: DATABASE=postgresql://... of an empty database
 	$(BIN)/python tests/crash/replicas.py --rounds $(or $(ROUNDS),20) --kind $(or $(KIND),docker) --database $(DATABASE) $(CRASH_ARGS)
+
+soak: .venv/ready ## keep 200 runners alive for MINUTES while service and engine die now and then, and see that nothing grows
+	$(BIN)/python tests/crash/soak.py --minutes $(or $(MINUTES),30) $(SOAK_ARGS)
 
 faults: .venv/ready ## faults of engines, machine and database, also those that take minutes, and one table of them
 	$(BIN)/python -m pytest -m "slow or fault" --timeout 900 $(PYTEST_ARGS)

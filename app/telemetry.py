@@ -72,6 +72,9 @@ class Telemetry:
         self._parked = gauge("webhook_parked_runners", "Runners whose events wait for somebody to try again", "target")
         self._gone = gauge("webhook_gone", "Whether a target said that it wants to hear no more", "target")
         self._revision = gauge("revision", "The newest revision that was told")
+        self._tasks = gauge(
+            "tasks", "Things that the service is at; they grow with open requests and streams, and shrink again"
+        )
         self._scraping = asyncio.Lock()
         ProcessCollector(registry=registry)
         feed.listen(self._changed)
@@ -98,6 +101,7 @@ class Telemetry:
         targets: Sequence[TargetState],
     ) -> None:
         self._streams.set(streams)
+        self._tasks.set(len(asyncio.all_tasks()))
         for each in (
             self._running,
             self._slots,

@@ -1,5 +1,6 @@
 """The crash test itself, in a short form, and proof that it would notice."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "crash" / "crash.py"
+SOAK = Path(__file__).parent / "crash" / "soak.py"
 AROUND_CALLS = (
     "create-answered",
     "archive-answered",
@@ -19,8 +21,8 @@ AROUND_CALLS = (
 )
 
 
-def crash(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, check=False)
+def crash(*options: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.timeout(400)
@@ -56,3 +58,15 @@ def test_a_launch_before_its_intent_turns_the_crash_test_red_on_an_engine_too() 
     done = crash("--kind", "docker", "--rounds", "2", "--seed", "1", "--plant", "late-intent")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "DOUBLED" in done.stdout
+
+
+@pytest.mark.timeout(600)
+def test_a_soak_of_half_a_minute_loses_nothing_and_tells_what_each_figure_does(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    done = crash("--minutes", "0.5", "--live", "12", "--containers", "0", "--json", str(file), script=SOAK)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SIGKILL" in done.stdout or "SIGTERM" in done.stdout
+    figures = json.loads(file.read_text())["figures"]
+    assert not figures["faults"]
+    assert {"memory of its own, MiB", "file descriptors", "tasks", "state directory, files"} <= figures["slopes"].keys()
+    assert figures["slopes"]["tasks"]["level"] > 1

@@ -211,6 +211,7 @@ class DockerLauncher:
                         about = await container.show()
                     if _status(about) != "created":
                         return handle
+                    await self._check_never_begun(container_id)
                 await asyncio.to_thread(self._look_at_slot, spec)  # once more: a pull may have taken minutes
                 with self._asking("starting the container", refused=Reason.LAUNCH_REJECTED):
                     await self._to_its_end(runner_id, container.start(), "start")
@@ -221,6 +222,19 @@ class DockerLauncher:
             error.acted = True  # whatever came of the last call: the container is there
             raise
         return handle
+
+    async def _check_never_begun(self, container_id: str) -> None:
+        """Refuse a container that is said to be created and was begun: an engine that is killed at that moment forgets it.
+
+        The init process is put into a container's files as it starts, and never before. Raises LauncherUnavailable.
+        """
+        with self._asking("looking at the container's files"):
+            changes = await self._docker._query_json(f"containers/{container_id}/changes")  # noqa: SLF001 - has no other way
+        if any(change["Path"] == "/sbin/docker-init" for change in changes or ()):
+            text = (
+                "the engine died as it started the container, and does not know what became of it: it is not started again"
+            )
+            raise LauncherUnavailable(text)
 
     async def _settle(self, runner_id: str, found: Json, spec: LaunchSpec) -> Handle:
         """Give the container that is there; start it if whoever made it never did."""

@@ -84,7 +84,9 @@ class Service:
             "slot": {"slot_id": f"slot-{number}", "slot_path": str(self.slot(number)), "repo_url": "none"},
             "pool": pool,
         }
-        async with client.post("/runners", json=body) as answer:
+        async with client.post(
+            "/runners", json=body, headers={"Prefer": "wait=100"}
+        ) as answer:  # a slow machine fails nothing
             record: Json = await answer.json()
             if answer.status != 201:
                 raise SystemExit(f"a launch was answered {answer.status}: {record}")
