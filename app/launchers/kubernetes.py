@@ -181,7 +181,8 @@ class KubernetesLauncher:
     async def list(self) -> Sequence[Found]:
         await self._in_touch()
         orphans = {pod.runner_id for pod in self._pods.objects.values() if pod.job is None}
-        found = [self._found(job, job["spec"]["template"]["spec"]) async for job in self._pages("jobs", self._ours)]
+        named = {"labelSelector": f"{self._ours['labelSelector']},{jobs.RUNNER}"}  # others may use our labels
+        found = [self._found(job, job["spec"]["template"]["spec"]) async for job in self._pages("jobs", named)]
         for runner_id in orphans - {each.handle.runner_id for each in found}:
             found += [self._found(pod, pod["spec"]) async for pod in self._pages("pods", self._ours_of(runner_id))][:1]
         return found

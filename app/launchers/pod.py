@@ -14,7 +14,7 @@ from typing import Any
 
 from app.job_template import CONTAINER
 from app.launcher import Exit, Exited, Observation, Place, Running, Starting
-from app.launchers.job import IDENTITY, LAUNCH_TIMEOUT, RUNNER
+from app.launchers.job import IDENTITY, LAUNCH_TIMEOUT, PREFIX, RUNNER
 from app.reason import Reason
 
 Json = dict[str, Any]
@@ -195,7 +195,7 @@ def read_job(job: Json) -> Job:
     return Job(
         name=metadata["name"],
         uid=metadata["uid"],
-        runner_id=metadata["labels"][RUNNER],
+        runner_id=_whose(metadata, metadata["name"]),
         created_at=seconds(metadata["creationTimestamp"]),
         parallelism=spec.get("parallelism", 1),
         launch_timeout=float(notes.get(LAUNCH_TIMEOUT, 300)),
@@ -207,6 +207,17 @@ def read_job(job: Json) -> Job:
         succeeded="Complete" in conditions or "SuccessCriteriaMet" in conditions,
         failed=f"{failed.get('reason')}: {failed.get('message')}" if failed else None,
     )
+
+
+def _whose(metadata: Json, job_name: str) -> str:
+    """Give the runner of an object: by its label, or where somebody has taken that away by its Job's name.
+
+    Raises KeyError for an object of no runner.
+    """
+    labels: dict[str, str] = metadata.get("labels") or {}
+    if RUNNER not in labels and job_name.startswith(PREFIX):
+        return job_name.removeprefix(PREFIX)
+    return labels[RUNNER]
 
 
 def identity(job: Json) -> dict[str, str]:
@@ -226,11 +237,12 @@ def read_pod(pod: Json) -> Pod:
     states = {one["name"]: one for one in status.get("containerStatuses") or []}
     runner = states.get(CONTAINER, {})
     limit, start = spec.get("activeDeadlineSeconds"), status.get("startTime")
+    job = next((owner for owner in metadata.get("ownerReferences") or [] if owner["kind"] == "Job"), {})
     return Pod(
         name=metadata["name"],
         uid=metadata["uid"],
-        runner_id=metadata["labels"][RUNNER],
-        job=next((owner["uid"] for owner in metadata.get("ownerReferences") or [] if owner["kind"] == "Job"), None),
+        runner_id=_whose(metadata, job.get("name", "")),
+        job=job.get("uid"),
         created_at=seconds(metadata["creationTimestamp"]),
         deleted="deletionTimestamp" in metadata,
         silent=_silent(conditions),

@@ -96,7 +96,7 @@ class Reflector(Generic[T]):
         name, version = obj["metadata"]["name"], _number(obj["metadata"]["resourceVersion"])
         if version > _number(self._version):  # else the watch has seen it, and what came after it
             self._ahead[name] = version
-            self._replace(name, self._read(obj))
+            self._replace(name, self._made(name, obj))
 
     def drop(self, name: str) -> None:
         """Take in that there is no such object, ahead of the watch."""
@@ -123,8 +123,12 @@ class Reflector(Generic[T]):
                 failures += 1
                 log.log(logging.WARNING if failures == 1 else logging.DEBUG, "%s: %s", self._path, error)
                 refused = LauncherUnavailable(f"{self._path}: {error}")
-                self._trouble = error if isinstance(error, LauncherUnavailable) else refused
-                self._outcome.set()
+                self._fail(error if isinstance(error, LauncherUnavailable) else refused)
+            except Exception as error:  # nobody watches this task, and a copy that nobody keeps would be believed for ever
+                failures += 1
+                log.exception("%s: its copy is made anew", self._path)
+                self._version = None
+                self._fail(LauncherUnavailable(f"{self._path}: what the API answered is not understood: {error!r}"))
             if failures or time.monotonic() - began < 1:
                 await self._pause(failures)
 
@@ -150,7 +154,9 @@ class Reflector(Generic[T]):
                     raise _ExpiredError from refused
                 raise
             for item in answer["items"]:
-                found[item["metadata"]["name"]] = self._read(item)
+                name = item["metadata"]["name"]
+                if (value := self._made(name, item)) is not None:
+                    found[name] = value
             if token := answer["metadata"].get("continue"):
                 page["continue"] = token
                 continue
@@ -198,11 +204,19 @@ class Reflector(Generic[T]):
             self._version = obj["metadata"]["resourceVersion"]
             self.heard()
             if kind in {"ADDED", "MODIFIED", "DELETED"} and not self._overtaken(obj):
-                self._replace(obj["metadata"]["name"], self._read(obj))
+                self._replace(obj["metadata"]["name"], self._made(obj["metadata"]["name"], obj))
             if kind == "DELETED":  # after its last words
                 self._replace(obj["metadata"]["name"], None)
         except (ValueError, KeyError, TypeError) as error:
             raise LauncherUnavailable(f"{self._path}: not an event: {line[:200]!r}") from error
+
+    def _made(self, name: str, obj: Json) -> T | None:
+        """Read an object; one that cannot be read, because others have a hand in it, is left as it was known."""
+        try:
+            return self._read(obj)
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
+            log.warning("%s: %s cannot be read, and is left aside: %r", self._path, name, error)
+            return self.objects.get(name)
 
     def _overtaken(self, obj: Json) -> bool:
         """Whether an event is older than what a call has answered meanwhile."""
@@ -218,6 +232,10 @@ class Reflector(Generic[T]):
             self.objects[name] = value
         if value != before:
             self._changed(before, value)
+
+    def _fail(self, trouble: LauncherUnavailable) -> None:
+        self._trouble = trouble
+        self._outcome.set()
 
     def _well(self) -> None:
         self._synced = True
