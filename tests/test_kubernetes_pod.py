@@ -163,6 +163,29 @@ def test_a_failed_init_container_is_told() -> None:
     assert (end.reason, end.message) == (Reason.INIT_FAILED, "init container git exited with code 128: no such branch")
 
 
+def with_sidecar(state: Json, sidecar: Json, **status: Any) -> Json:  # noqa: ANN401 - JSON
+    one = pod(state=state, inits=[{"name": "proxy", "state": sidecar}], **status)
+    one["spec"]["initContainers"] = [{"name": "proxy", "restartPolicy": "Always"}]
+    return one
+
+
+def test_what_holds_up_the_main_container_is_told_beside_a_sidecar_that_runs() -> None:
+    answer = seen(job(), with_sidecar(waiting("ImagePullBackOff", "manifest unknown"), RUNNING))
+    assert isinstance(answer, Held)
+    assert (answer.reason, answer.patience) == (Reason.IMAGE_NOT_FOUND, 30)
+    answer = seen(job(), with_sidecar(waiting("CreateContainerConfigError", 'secret "x" not found'), RUNNING))
+    assert isinstance(answer, Held)
+    assert (answer.reason, answer.patience) == (Reason.CONFIG_ERROR, 30)
+
+
+def test_a_sidecar_that_cannot_start_is_told_and_one_that_ended_is_no_failed_start() -> None:
+    answer = seen(job(), with_sidecar(waiting("PodInitializing"), waiting("ErrImagePull", "manifest unknown")))
+    assert isinstance(answer, Held)
+    assert answer.reason is Reason.IMAGE_NOT_FOUND
+    end = end_of(seen(job(), with_sidecar(waiting("PodInitializing"), ended(137), phase="Failed")))
+    assert end.reason is Reason.LOST
+
+
 PULL = "Failed to pull image: rpc error: manifest for a:b not found"
 
 

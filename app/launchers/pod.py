@@ -115,7 +115,8 @@ class Job:
 class Pod:
     """What we keep of a pod; states as the API writes them. ``deadline`` is when the kubelet ends it.
 
-    ``silent``: the cluster has not heard of its node for so long that it takes it for not ready.
+    ``silent``: the cluster has not heard of its node for so long that it takes it for not ready. ``sidecars`` are those of
+    its init containers that go on beside the main one.
     """
 
     name: str
@@ -136,6 +137,7 @@ class Pod:
     disruption: tuple[str, str] | None
     state: Json
     inits: tuple[tuple[str, Json], ...]
+    sidecars: frozenset[str]
 
     @property
     def place(self) -> Place:
@@ -259,6 +261,9 @@ def read_pod(pod: Json) -> Pod:
         else None,
         state=_state(runner),
         inits=tuple((one["name"], one["state"]) for one in status.get("initContainerStatuses") or [] if one.get("state")),
+        sidecars=frozenset(
+            one["name"] for one in spec.get("initContainers") or [] if one.get("restartPolicy") == "Always"
+        ),
     )
 
 
@@ -424,7 +429,7 @@ def _held(job: Job | None, pod: Pod, warnings: Sequence[Warned]) -> Held:
             return Held(problem=f"{reason}: {told}", cause="pull", reason=why, patience=PULL_SECONDS)
         if reason in _BROKEN:
             return Held(problem=about, cause="broken", reason=Reason.CONFIG_ERROR, patience=SETTLE_SECONDS)
-        if "running" in state and name != CONTAINER:
+        if "running" in state and name not in {CONTAINER, *pod.sidecars}:
             return Held(problem=None)
     troubles = [warned for warned in warnings if warned.reason not in {"BackOff", "FailedScheduling"}]
     if troubles and pod.node:
@@ -451,7 +456,8 @@ def _end(pod: Pod, told: Mapping[str, Sequence[Warned]], *, stopped: bool | None
     disruption = _disruption(pod, told)
     lost = Reason.DELETED if pod.deleted and stopped is False else Reason.LOST
     if not ended:
-        failed = next(((name, state["terminated"]) for name, state in pod.inits if _failed(state)), None)
+        ends = ((name, state) for name, state in pod.inits if name not in pod.sidecars)
+        failed = next(((name, state["terminated"]) for name, state in ends if _failed(state)), None)
         if failed and pod.reason not in _POD_REASONS:
             name, how = failed
             text = f"init container {name} exited with code {how.get('exitCode')}"
