@@ -163,6 +163,22 @@ def test_a_failed_init_container_is_told() -> None:
     assert (end.reason, end.message) == (Reason.INIT_FAILED, "init container git exited with code 128: no such branch")
 
 
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        ({"conditions": [{**DISRUPTED, "reason": "PreemptionByScheduler"}]}, Reason.PREEMPTED),
+        ({"conditions": [{**DISRUPTED, "reason": "EvictionByEvictionAPI"}]}, Reason.EVICTED),
+        ({"conditions": [{**DISRUPTED, "reason": "DeletionByTaintManager"}]}, Reason.NODE_LOST),
+        ({"reason": "OutOfcpu"}, Reason.UNSCHEDULABLE),
+        ({"reason": "Evicted"}, Reason.EVICTED),
+    ],
+)
+def test_an_init_container_that_was_ended_from_outside_did_not_fail(status: Json, reason: Reason) -> None:
+    inits = [{"name": "git", "state": ended(143)}]
+    end = end_of(seen(job(), pod(state=waiting("PodInitializing"), inits=inits, phase="Failed", **status)))
+    assert end.reason is reason
+
+
 def with_sidecar(state: Json, sidecar: Json, **status: Any) -> Json:  # noqa: ANN401 - JSON
     one = pod(state=state, inits=[{"name": "proxy", "state": sidecar}], **status)
     one["spec"]["initContainers"] = [{"name": "proxy", "restartPolicy": "Always"}]

@@ -458,7 +458,7 @@ def _end(pod: Pod, told: Mapping[str, Sequence[Warned]], *, stopped: bool | None
     if not ended:
         ends = ((name, state) for name, state in pod.inits if name not in pod.sidecars)
         failed = next(((name, state["terminated"]) for name, state in ends if _failed(state)), None)
-        if failed and pod.reason not in _POD_REASONS:
+        if failed and not disruption:
             name, how = failed
             text = f"init container {name} exited with code {how.get('exitCode')}"
             words = how.get("message") or how.get("reason") or ""
