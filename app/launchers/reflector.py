@@ -8,9 +8,10 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Generic, TypeVar
 
 from app.errors import LauncherUnavailable
@@ -23,7 +24,10 @@ T = TypeVar("T")
 PAGE = 500
 WATCH_SECONDS = 240
 SILENCE_SECONDS = 90.0
-"""After so much silence a watch is begun again: the API sends a bookmark every minute."""
+"""After so much silence a watch is begun again. The API sends a bookmark every minute; where there are only events, none."""
+
+LASTING_SECONDS = 1.0
+"""A watch that was open for so long was well, and that it is cut or silent then is its end, and no trouble."""
 
 FRESH_SECONDS = 5.0
 """How long what was heard is believed without asking whether the API is still there."""
@@ -129,7 +133,7 @@ class Reflector(Generic[T]):
                 log.exception("%s: its copy is made anew", self._path)
                 self._version = None
                 self._fail(LauncherUnavailable(f"{self._path}: what the API answered is not understood: {error!r}"))
-            if failures or time.monotonic() - began < 1:
+            if failures or time.monotonic() - began < LASTING_SECONDS:
                 await self._pause(failures)
 
     async def _pause(self, failures: int) -> None:
@@ -169,7 +173,8 @@ class Reflector(Generic[T]):
         return version
 
     async def _watch(self) -> None:
-        """Follow the changes until the API ends the watch."""
+        """Follow the changes until the watch ends, by the API's will or by that of what lies before it."""
+        opened = math.inf
         limit = random.randint(WATCH_SECONDS, WATCH_SECONDS * 5 // 4)  # noqa: S311 - spreads load
         query: dict[str, str | int] = {
             **self._selector,
@@ -181,17 +186,17 @@ class Reflector(Generic[T]):
         try:
             async with self._cluster.stream(self._path, query, silence=SILENCE_SECONDS) as chunks:
                 self._well()
-                rest = b""
-                async for chunk in chunks:
-                    *lines, rest = (rest + chunk).split(b"\n")
-                    for line in lines:
-                        self._take(line)
-                    if len(rest) > MAX_LINE:
-                        raise LauncherUnavailable(f"{self._path}: a watch sent more than {MAX_LINE} bytes without an end")
+                opened = time.monotonic()
+                async for line in _lines(chunks):
+                    self._take(line)
         except Refused as refused:
             if refused.status == _EXPIRED:
                 raise _ExpiredError from refused
             raise
+        except LauncherUnavailable as error:
+            if time.monotonic() - opened < LASTING_SECONDS:
+                raise
+            log.debug("%s: a watch ended: %s", self._path, error)
 
     def _take(self, line: bytes) -> None:
         try:
@@ -242,6 +247,16 @@ class Reflector(Generic[T]):
         self._trouble = None
         self.heard()
         self._outcome.set()
+
+
+async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    rest = b""
+    async for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line
+        if len(rest) > MAX_LINE:
+            raise LauncherUnavailable(f"a watch sent more than {MAX_LINE} bytes without an end of line")
 
 
 def _number(version: str | None) -> int:
