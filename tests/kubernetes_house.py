@@ -116,7 +116,8 @@ class House:
         path = self.kubeconfig.with_name(f"gate-{gate.port}")
         server = server or f"http://127.0.0.1:{gate.port}"
         path.write_text(
-            f"""{{apiVersion: v1, kind: Config, current-context: c, contexts: [{{name: c, context: {{cluster: c, user: u}}}}],
+            f"""{{apiVersion: v1, kind: Config, current-context: c,
+            contexts: [{{name: c, context: {{cluster: c, user: u}}}}],
             clusters: [{{name: c, cluster: {{server: "{server}"}}}}], users: [{{name: u, user: {{}}}}]}}"""
         )
         return self.reopen(path)

@@ -22,7 +22,6 @@ from launcher_contract import COUNTS_SLOWLY, HANDLES_TERM, LINES, LOOP, RUNS_ON,
 from app.errors import LauncherUnavailable, LaunchRejected
 from app.launcher import Exited, Gone, Handle, Observation, Running
 from app.launchers import open_launcher
-from app.launchers.kubernetes import KubernetesLauncher
 from app.main import create_app
 from app.reason import Reason
 from app.settings import Settings

@@ -305,7 +305,7 @@ class _PluginLoop(asyncio.SelectorEventLoop):
         return transport, protocol
 
 
-async def _in_time(loading: Awaitable[None]) -> None:
+async def _in_time(loading: Awaitable[object]) -> None:
     """Wait for credentials, though not for ever, and end the plugin that has not given them by then."""
     try:
         async with asyncio.timeout(CREDENTIALS_SECONDS):
