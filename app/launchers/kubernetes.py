@@ -56,6 +56,9 @@ LOG_SECONDS = 0.3
 KEEP_SECONDS = 10.0
 """How long a log that is read as its pod ends is waited for: before the deletion to begin, and after the end to be whole."""
 
+LOOKS = 256
+"""How many runners are looked at before others have their turn."""
+
 KILL_SECONDS = 5.0
 TOLD_SECONDS = 30.0
 """How long a pod may take to say that it ended, whose container takes no signal any more. Deleted before, it never tells."""
@@ -116,7 +119,9 @@ class KubernetesLauncher:
         if len(handles) == 1:
             return await self._observe(handles[0].runner_id)
         seen: dict[str, Observation] = {}
-        for handle in handles:
+        for number, handle in enumerate(handles):
+            if number % LOOKS == 0:
+                await asyncio.sleep(0)  # a look at what is in the copies waits for nothing
             with contextlib.suppress(LauncherUnavailable):
                 seen.update(await self._observe(handle.runner_id))
         return seen
@@ -265,8 +270,10 @@ class KubernetesLauncher:
         self._closed = True
         for watcher in self._watchers:
             watcher.put_nowait(None)
-        for task in [*self._beside, *([self._asking] if self._asking else [])]:
+        beside = [*self._beside, *([self._asking] if self._asking else [])]
+        for task in beside:
             task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
         for reflector in (self._jobs, self._pods, self._warnings):
             await reflector.aclose()
         await self._cluster.aclose()
