@@ -42,7 +42,7 @@ from app.launchers import job as jobs
 from app.launchers import pod as pods
 from app.launchers.cluster import TOLD, Cluster, Json, Refused
 from app.launchers.pod import Conclude, Held, Job, Pod, Warned, Withdraw
-from app.launchers.pod_log import LOST, KeptLog, LogReader, parse
+from app.launchers.pod_log import CUT_OFF, LOST, KeptLog, LogReader, parse
 from app.launchers.reflector import PAGE, Reflector
 from app.reason import Reason
 
@@ -163,6 +163,8 @@ class KubernetesLauncher:
                         if not line.is_before(since):
                             yield line
                         after = line.cursor
+                    if not kept.whole.is_set() and after != LOST:
+                        yield LogLine(LOST, CUT_OFF, gap=True)
                 elif pod:
                     reader = LogReader(parse(after), since)
                     async for line in self._read_log(pod, reader, follow=follow and not ended):
@@ -612,6 +614,8 @@ class KubernetesLauncher:
         except LauncherUnavailable as error:
             log.warning("%s: its log could not be kept before its pod went: %s", pod.runner_id, error)
         finally:
+            if not reader.ended:
+                kept.add(LogLine(LOST, CUT_OFF, gap=True))
             if not kept.begun.is_set() and self._kept.get(pod.runner_id) is kept:
                 del self._kept[pod.runner_id]
             kept.begun.set()

@@ -29,6 +29,7 @@ _TIME = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d) 
 _COMPLAINT = re.compile(rb"rpc error: |failed to (try resolving symlinks|watch|open log)|unable to retrieve container logs")
 """What a kubelet writes into a log that is being taken from it, or in its place; no program's line comes without a time."""
 
+CUT_OFF = b"[some output may be missing here: the log could not be read to its end before its pod was gone]"
 _GAP = b"[some output is missing here: the log was rotated]"
 
 
@@ -180,7 +181,7 @@ class KeptLog:
         if found is not None:
             return lines[found + 1 :]
         known = parse(cursor)
-        later = [line for line in lines if known is None or _cursor_time(line) > known.time]
+        later = [line for line in lines if known is None or line.cursor == LOST or _cursor_time(line) > known.time]
         gap = [LogLine(later[0].cursor, _GAP, gap=True)] if later and (self._dropped or known) else []
         return [*gap, *later]
 
