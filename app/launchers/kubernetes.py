@@ -42,7 +42,7 @@ from app.launchers import job as jobs
 from app.launchers import pod as pods
 from app.launchers.cluster import TOLD, Cluster, Json, Refused
 from app.launchers.pod import Conclude, Held, Job, Pod, Warned, Withdraw
-from app.launchers.pod_log import CUT_OFF, LOST, KeptLog, LogReader, parse
+from app.launchers.pod_log import CUT_OFF, LOST, KeptLog, LogReader, from_its_start, parse
 from app.launchers.reflector import PAGE, Reflector
 from app.reason import Reason
 
@@ -166,8 +166,11 @@ class KubernetesLauncher:
                     if not kept.whole.is_set() and after != LOST:
                         yield LogLine(LOST, CUT_OFF, gap=True)
                 elif pod:
-                    reader = LogReader(parse(after), since)
-                    async for line in self._read_log(pod, reader, follow=follow and not ended):
+                    to_its_end = not follow or ended
+                    lines = self._read_log(pod, LogReader(parse(after), since), follow=not to_its_end)
+                    if to_its_end and after is None and since is None and pod.started_at is not None:
+                        lines = from_its_start(lines, pod.started_at)
+                    async for line in lines:
                         if line.cursor == LOST and (not ended or after == LOST):
                             continue
                         if not line.is_before(since):

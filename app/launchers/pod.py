@@ -150,6 +150,12 @@ class Pod:
         return "running" in self.state and not self.over
 
     @property
+    def started_at(self) -> float | None:
+        """When the main container was started, where it was."""
+        at = (self.state.get("running") or self.state.get("terminated") or {}).get("startedAt")
+        return seconds(at) if at else None
+
+    @property
     def news(self) -> "News":
         """What there is to say of it, so far: that a node is at work on it is none."""
         waiting = (state.get("waiting", {}).get("reason") for state in (self.state, *(state for _, state in self.inits)))
