@@ -12,7 +12,6 @@ from app.launchers.pod import (
     Judgement,
     Warned,
     Withdraw,
-    latest,
     look,
     read_job,
     read_pod,
@@ -67,7 +66,7 @@ def seen(a_job: Json | None, *pods: Json, last: Json | None = None, warnings: li
         read_job(a_job) if a_job else None,
         [read_pod(one) for one in pods],
         read_pod(last) if last else None,
-        latest(warnings or []),
+        {about: [one for one in warnings or [] if one.about == about] for about in {one.about for one in warnings or []}},
         NOW,
     )
 

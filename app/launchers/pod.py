@@ -7,7 +7,7 @@ we decided ourselves is written on the Job: its end, where a pod could not tell 
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -245,7 +245,7 @@ def read_pod(pod: Json) -> Pod:
     states = {one["name"]: one for one in status.get("containerStatuses") or []}
     runner = states.get(CONTAINER, {})
     limit, start = spec.get("activeDeadlineSeconds"), status.get("startTime")
-    job = next((owner for owner in metadata.get("ownerReferences") or [] if owner["kind"] == "Job"), {})
+    job: Json = next((owner for owner in metadata.get("ownerReferences") or [] if owner["kind"] == "Job"), {})
     return Pod(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -267,9 +267,7 @@ def read_pod(pod: Json) -> Pod:
         else None,
         state=_state(runner),
         inits=tuple((one["name"], one["state"]) for one in status.get("initContainerStatuses") or [] if one.get("state")),
-        sidecars=frozenset(
-            one["name"] for one in spec.get("initContainers") or [] if one.get("restartPolicy") == "Always"
-        ),
+        sidecars=frozenset(one["name"] for one in spec.get("initContainers") or [] if one.get("restartPolicy") == "Always"),
     )
 
 
@@ -551,11 +549,3 @@ def _read_end(text: str | None) -> Exit | None:
         return Exit(**fields, reason=Reason(reason) if reason else None)
     except (ValueError, TypeError):
         return Exit(message=f"its end was written down and cannot be read: {text}")
-
-
-def latest(warnings: Iterable[Warned]) -> Mapping[str, Sequence[Warned]]:
-    """Sort warnings by what they are about."""
-    about: dict[str, list[Warned]] = {}
-    for warned in warnings:
-        about.setdefault(warned.about, []).append(warned)
-    return about
