@@ -27,7 +27,7 @@ SILENCE_SECONDS = 90.0
 """After so much silence a watch is begun again. The API sends a bookmark every minute; where there are only events, none."""
 
 LASTING_SECONDS = 1.0
-"""A watch that was open for so long was well, and that it is cut or silent then is its end, and no trouble."""
+"""A watch that was open for so long was well; that it is cut or falls silent is its end then, and no failure."""
 
 FRESH_SECONDS = 5.0
 """How long what was heard is believed without asking whether the API is still there."""
@@ -196,6 +196,7 @@ class Reflector(Generic[T]):
         except LauncherUnavailable as error:
             if time.monotonic() - opened < LASTING_SECONDS:
                 raise
+            self._trouble = error  # until the next one is open
             log.debug("%s: a watch ended: %s", self._path, error)
 
     def _take(self, line: bytes) -> None:
