@@ -122,18 +122,6 @@ async def test_a_log_that_is_cut_off_as_its_pod_goes_says_so(house: House) -> No
         assert [one async for one in house.launcher.logs(handle, after=line.cursor)] == lines[number + 1 :]
 
 
-@pytest.mark.slow  # where a kubelet takes a minute to let a pod go
-async def test_a_launcher_that_is_closed_leaves_nothing_at_work(house: House) -> None:
-    handle = await house.ready()
-    async with aclosing(house.reopen()) as launcher:
-        await launcher.observe([handle])
-        await house.world.call("DELETE", f"pods/{(await house.pod(handle))['metadata']['name']}", {"gracePeriodSeconds": 5})
-        await until(lambda: handle.runner_id in launcher._kept, 60)
-        beside = set(launcher._beside)
-    assert beside
-    assert all(task.done() for task in beside)
-
-
 @pytest.mark.slow
 async def test_a_plugin_for_credentials_that_hangs_is_ended_and_holds_nobody_up_for_ever(tmp_path: Path) -> None:
     config, pid = tmp_path / "kubeconfig", tmp_path / "pid"
