@@ -56,6 +56,7 @@ async def test_labels_that_somebody_took_away_or_gave_to_others_blind_nobody(hou
 @pytest.mark.parametrize("kind", ["/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"])
 async def test_an_answer_that_is_no_list_is_trouble_and_not_the_end_of_looking(house: House, kind: str) -> None:
     handle = await house.launch(exits(3))
+    assert (await house.end(handle)).code == 3
     async with Gate(house.world) as gate, aclosing(house.through(gate)) as launcher:
         gate.answer(f"GET {kind.format(house.world.namespace)}", 200)
         with pytest.raises(LauncherUnavailable, match="not understood"):
@@ -76,12 +77,16 @@ async def test_a_watch_that_is_cut_off_again_and_again_is_begun_again_at_once(ho
             return len([ask for ask in gate.asked if "/pods?" in ask and "watch=true" in ask])
 
         await until(watches, 60)
-        pauses = []
-        for begun in range(1, 9):
+        pauses: list[float] = []
+
+        def begun_anew() -> bool:
+            return watches() > len(pauses) + 1
+
+        for _ in range(8):
             await asyncio.sleep(1.5)
             cut_at = time.monotonic()
             await way.drop()
-            await until(lambda begun=begun: watches() > begun, 60)
+            await until(begun_anew, 60)
             pauses.append(time.monotonic() - cut_at)
         assert min(pauses[-3:]) < 2, pauses  # an outage of so many tries is one of several seconds
 
@@ -107,6 +112,7 @@ async def test_a_log_that_is_cut_off_as_its_pod_goes_says_so(house: House) -> No
     pod = (await house.pod(handle))["metadata"]["name"]
     await house.world.call("DELETE", f"pods/{pod}", {"gracePeriodSeconds": 2})
     kept = await until(lambda: house.launcher._kept.get(handle.runner_id), 60)
+    assert kept
     await kept.begun.wait()
 
     async def gone() -> bool:
