@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from kubernetes_world import IMAGE, Door, Json, World, cluster_session, write_kubeconfig
+from kubernetes_world import IMAGE, Door, Gate, Json, World, cluster_session, write_kubeconfig
 from launcher_contract import RUNS_ON, Script, new_id
 
 from app.errors import LauncherUnavailable
@@ -110,6 +110,17 @@ class House:
     def reopen(self, kubeconfig: Path | None = None, namespace: str | None = None) -> KubernetesLauncher:
         where = namespace or self.world.namespace
         return KubernetesLauncher(kubeconfig or self.kubeconfig, None, where, self.installation)
+
+    def through(self, gate: Gate, server: str = "") -> KubernetesLauncher:
+        """A launcher that reaches the API through a gate."""
+        path = self.kubeconfig.with_name(f"gate-{gate.port}")
+        server = server or f"http://127.0.0.1:{gate.port}"
+        path.write_text(
+            f"""{{apiVersion: v1, kind: Config, current-context: c,
+            contexts: [{{name: c, context: {{cluster: c, user: u}}}}],
+            clusters: [{{name: c, cluster: {{server: "{server}"}}}}], users: [{{name: u, user: {{}}}}]}}"""
+        )
+        return self.reopen(path)
 
 
 @pytest.fixture

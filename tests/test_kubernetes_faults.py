@@ -22,7 +22,6 @@ from launcher_contract import COUNTS_SLOWLY, HANDLES_TERM, LINES, LOOP, RUNS_ON,
 from app.errors import LauncherUnavailable, LaunchRejected
 from app.launcher import Exited, Gone, Handle, Observation, Running
 from app.launchers import open_launcher
-from app.launchers.kubernetes import KubernetesLauncher
 from app.main import create_app
 from app.reason import Reason
 from app.settings import Settings
@@ -617,7 +616,7 @@ async def test_what_is_not_permitted_is_named(house: House) -> None:
 
 
 async def test_an_api_that_is_busy_is_left_alone_for_as_long_as_it_wants(house: House) -> None:
-    async with Gate(house.world) as gate, aclosing(_through(gate, house)) as launcher:
+    async with Gate(house.world) as gate, aclosing(house.through(gate)) as launcher:
         runner_id = new_id()
         for status, acted in ((429, False), (500, True), (503, True)):
             gate.answer("POST /apis/batch", status, Retry_After="1")
@@ -635,7 +634,7 @@ async def test_an_api_that_is_busy_is_left_alone_for_as_long_as_it_wants(house: 
 
 
 async def test_a_launch_that_is_refused_finds_what_an_earlier_one_made(house: House) -> None:
-    async with Gate(house.world) as gate, aclosing(_through(gate, house)) as launcher:
+    async with Gate(house.world) as gate, aclosing(house.through(gate)) as launcher:
         handle = await launcher.launch(new_id(), house.spec("exit 0"))
         for status in (403, 422):
             gate.answer("POST /apis/batch", status)
@@ -655,7 +654,7 @@ async def test_a_launch_that_is_refused_finds_what_an_earlier_one_made(house: Ho
 
 
 async def test_looking_at_runners_asks_the_api_nothing(house: House) -> None:
-    async with Gate(house.world) as gate, aclosing(_through(gate, house)) as launcher:
+    async with Gate(house.world) as gate, aclosing(house.through(gate)) as launcher:
         handles = [await launcher.launch(new_id(), house.spec(f"exit {number}")) for number in range(4)]
         assert len([ask for ask in gate.asked if ask.startswith("POST")]) == 8
         for handle in handles:
@@ -671,7 +670,7 @@ async def test_looking_at_runners_asks_the_api_nothing(house: House) -> None:
 
 
 async def test_a_copy_that_is_refused_or_cut_is_made_again(house: House) -> None:
-    async with Gate(house.world) as gate, aclosing(_through(gate, house)) as launcher:
+    async with Gate(house.world) as gate, aclosing(house.through(gate)) as launcher:
         where = f"GET /apis/batch/v1/namespaces/{house.world.namespace}/jobs"
         gate.answer(where, 500)
         with pytest.raises(LauncherUnavailable, match="injected 500"):
@@ -689,22 +688,11 @@ async def test_a_proxy_that_the_environment_names_is_used_unless_it_says_not_for
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{gate.port}")
         for but_not, through in (("", True), ("api.invalid", False)):
             monkeypatch.setenv("no_proxy", but_not)
-            async with aclosing(_through(gate, house, "http://api.invalid")) as launcher:
+            async with aclosing(house.through(gate, "http://api.invalid")) as launcher:
                 with contextlib.nullcontext() if through else pytest.raises(LauncherUnavailable, match="cannot be reached"):
                     await launcher.ping()
             assert bool(gate.asked) == through
             gate.asked.clear()
-
-
-def _through(gate: Gate, house: House, server: str = "") -> KubernetesLauncher:
-    """A launcher that reaches the API through a gate."""
-    path = house.kubeconfig.with_name(f"gate-{gate.port}")
-    server = server or f"http://127.0.0.1:{gate.port}"
-    path.write_text(
-        f"""{{apiVersion: v1, kind: Config, current-context: c, contexts: [{{name: c, context: {{cluster: c, user: u}}}}],
-        clusters: [{{name: c, cluster: {{server: "{server}"}}}}], users: [{{name: u, user: {{}}}}]}}"""
-    )
-    return house.reopen(path)
 
 
 @pytest.mark.slow

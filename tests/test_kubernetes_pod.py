@@ -12,7 +12,6 @@ from app.launchers.pod import (
     Judgement,
     Warned,
     Withdraw,
-    latest,
     look,
     read_job,
     read_pod,
@@ -67,7 +66,7 @@ def seen(a_job: Json | None, *pods: Json, last: Json | None = None, warnings: li
         read_job(a_job) if a_job else None,
         [read_pod(one) for one in pods],
         read_pod(last) if last else None,
-        latest(warnings or []),
+        {about: [one for one in warnings or [] if one.about == about] for about in {one.about for one in warnings or []}},
         NOW,
     )
 
@@ -161,6 +160,45 @@ def test_a_failed_init_container_is_told() -> None:
     inits = [{"name": "git", "state": ended(128, message="no such branch")}]
     end = end_of(seen(job(), pod(state=waiting("PodInitializing"), inits=inits, phase="Failed")))
     assert (end.reason, end.message) == (Reason.INIT_FAILED, "init container git exited with code 128: no such branch")
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        ({"conditions": [{**DISRUPTED, "reason": "PreemptionByScheduler"}]}, Reason.PREEMPTED),
+        ({"conditions": [{**DISRUPTED, "reason": "EvictionByEvictionAPI"}]}, Reason.EVICTED),
+        ({"conditions": [{**DISRUPTED, "reason": "DeletionByTaintManager"}]}, Reason.NODE_LOST),
+        ({"reason": "OutOfcpu"}, Reason.UNSCHEDULABLE),
+        ({"reason": "Evicted"}, Reason.EVICTED),
+    ],
+)
+def test_an_init_container_that_was_ended_from_outside_did_not_fail(status: Json, reason: Reason) -> None:
+    inits = [{"name": "git", "state": ended(143)}]
+    end = end_of(seen(job(), pod(state=waiting("PodInitializing"), inits=inits, phase="Failed", **status)))
+    assert end.reason is reason
+
+
+def with_sidecar(state: Json, sidecar: Json, **status: Any) -> Json:  # noqa: ANN401 - JSON
+    one = pod(state=state, inits=[{"name": "proxy", "state": sidecar}], **status)
+    one["spec"]["initContainers"] = [{"name": "proxy", "restartPolicy": "Always"}]
+    return one
+
+
+def test_what_holds_up_the_main_container_is_told_beside_a_sidecar_that_runs() -> None:
+    answer = seen(job(), with_sidecar(waiting("ImagePullBackOff", "manifest unknown"), RUNNING))
+    assert isinstance(answer, Held)
+    assert (answer.reason, answer.patience) == (Reason.IMAGE_NOT_FOUND, 30)
+    answer = seen(job(), with_sidecar(waiting("CreateContainerConfigError", 'secret "x" not found'), RUNNING))
+    assert isinstance(answer, Held)
+    assert (answer.reason, answer.patience) == (Reason.CONFIG_ERROR, 30)
+
+
+def test_a_sidecar_that_cannot_start_is_told_and_one_that_ended_is_no_failed_start() -> None:
+    answer = seen(job(), with_sidecar(waiting("PodInitializing"), waiting("ErrImagePull", "manifest unknown")))
+    assert isinstance(answer, Held)
+    assert answer.reason is Reason.IMAGE_NOT_FOUND
+    end = end_of(seen(job(), with_sidecar(waiting("PodInitializing"), ended(137), phase="Failed")))
+    assert end.reason is Reason.LOST
 
 
 PULL = "Failed to pull image: rpc error: manifest for a:b not found"

@@ -1,12 +1,12 @@
 """Reading a pod's log: lines and their cursors, resumed behind any of them, and told where some are gone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import UTC, datetime
 
 import pytest
 
 from app.launcher import LogLine
-from app.launchers.pod_log import PART, KeptLog, LogReader, parse
+from app.launchers.pod_log import LATE_SECONDS, MUCH_BYTES, PART, KeptLog, LogReader, from_its_start, parse
 
 
 def written(seconds: Sequence[float], text: str = "line") -> list[bytes]:
@@ -73,6 +73,29 @@ def test_lines_that_were_rotated_away_are_told_of() -> None:
     assert [line.text for line in later[1:]] == [b"line %d" % number for number in range(30, 50)]
     cut = read(lines[15:], cursor)
     assert [line.text for line in cut if b"rotated" not in line.text] == [b"line %d" % number for number in range(21, 50)]
+
+
+@pytest.mark.parametrize(
+    ("first", "length", "told"),
+    [
+        (LATE_SECONDS + 1, MUCH_BYTES, True),
+        (LATE_SECONDS + 1, MUCH_BYTES // 2, False),  # a program that had nothing to say for a while
+        (LATE_SECONDS - 1, MUCH_BYTES, False),
+    ],
+)
+async def test_a_large_log_that_begins_long_after_its_program_may_have_lost_its_beginning(
+    first: float, length: int, *, told: bool
+) -> None:
+    lines = read(written([first + number for number in range(20)], "x" * (length // 20)))
+    started_at = datetime(2026, 11, 23, 12, tzinfo=UTC).timestamp()
+
+    async def give() -> AsyncIterator[LogLine]:
+        for line in lines:
+            yield line
+
+    given = [line async for line in from_its_start(give(), started_at)]
+    assert [b"rotated" in line.text for line in given if line.gap] == [True] * told
+    assert given[told:] == lines
 
 
 def test_a_log_that_is_empty_by_now_is_a_gap() -> None:

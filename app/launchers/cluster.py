@@ -11,7 +11,7 @@ import contextlib
 import io
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from urllib.parse import urlencode, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
+from typing_extensions import override
 
 from app.errors import LauncherUnavailable
 
@@ -34,6 +35,9 @@ CALLS = 32
 CALL_SECONDS = 30.0
 CONNECT_SECONDS = 5.0
 TELL_SECONDS = 10.0
+CREDENTIALS_SECONDS = 15.0
+"""How long a plugin for credentials may take."""
+
 RENEW_SECONDS = 60.0
 """How old a service account's token may get before its file is read again."""
 
@@ -67,6 +71,7 @@ class Cluster:
         self._opening = asyncio.Lock()
         self._calls = asyncio.Semaphore(CALLS)
         self._loaded_at = 0.0
+        self._unloaded: tuple[float, LauncherUnavailable] | None = None
         self._paused_until = 0.0
         self._closed = False
 
@@ -204,7 +209,11 @@ class Cluster:
         raise Refused(response.status, reason, message)
 
     async def _client(self, *, renew: bool = False) -> "ApiClient":
-        """Give the client, made at first use; with ``renew`` its credentials are read again, though not all the time."""
+        """Give the client, made at first use; with ``renew`` its credentials are read again, though not all the time.
+
+        Who waited while another's attempt at that failed takes its answer, and does not begin one more.
+        """
+        asked_at = time.monotonic()
         async with self._opening:
             if self._closed:
                 raise LauncherUnavailable("this launcher is closed", acted=False)
@@ -212,10 +221,14 @@ class Cluster:
             in_cluster = self._kubeconfig is None
             if self._api and age < (1 if renew else RENEW_SECONDS if in_cluster else float("inf")):
                 return self._api
+            if self._unloaded and self._unloaded[0] >= asked_at:
+                raise LauncherUnavailable(str(self._unloaded[1]), acted=False) from self._unloaded[1]
             try:
                 loaded = await asyncio.to_thread(_configuration, self._kubeconfig, self._context)
             except Exception as error:  # whatever a plugin for credentials, a file or the library finds wrong
-                raise LauncherUnavailable(f"no credentials for the cluster: {error}", acted=False) from error
+                unloaded = LauncherUnavailable(f"no credentials for the cluster: {error}", acted=False)
+                self._unloaded = time.monotonic(), unloaded
+                raise unloaded from error
             self._loaded_at = time.monotonic()
             known = self._api.configuration if self._api else None
             if self._api and known and (known.host, known.cert_file) == (loaded.host, loaded.cert_file):
@@ -272,9 +285,41 @@ def _configuration(kubeconfig: Path | None, context: str | None) -> "Configurati
         loading = config.load_kube_config(
             str(kubeconfig), context=context, client_configuration=configuration, persist_config=False
         )
-        asyncio.run(loading)
+        with asyncio.Runner(loop_factory=_PluginLoop) as runner:
+            runner.run(_in_time(loading))
     configuration.api_key = {name: key.strip() for name, key in configuration.api_key.items()}
     return configuration
+
+
+class _PluginLoop(asyncio.SelectorEventLoop):
+    """A loop that knows the plugins run on it: the library starts them, and leaves one alone that it does not wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plugins: list[asyncio.SubprocessTransport] = []
+
+    @override
+    async def subprocess_exec(self, *args: Any, **kwargs: Any) -> Any:
+        transport, protocol = await super().subprocess_exec(*args, **kwargs)
+        self.plugins.append(transport)
+        return transport, protocol
+
+
+async def _in_time(loading: Awaitable[object]) -> None:
+    """Wait for credentials, though not for ever, and end the plugin that has not given them by then."""
+    try:
+        async with asyncio.timeout(CREDENTIALS_SECONDS):
+            await loading
+    except TimeoutError as error:
+        raise TimeoutError(f"they were not given within {CREDENTIALS_SECONDS:g} s") from error
+    finally:
+        loop = asyncio.get_running_loop()
+        for plugin in loop.plugins if isinstance(loop, _PluginLoop) else ():
+            with contextlib.suppress(ProcessLookupError):  # it has ended, as it should
+                plugin.kill()
+            while plugin.get_returncode() is None:  # noqa: ASYNC110 - nothing else tells of it
+                await asyncio.sleep(0.01)
+            plugin.close()
 
 
 async def _chunks(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

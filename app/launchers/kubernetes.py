@@ -42,7 +42,7 @@ from app.launchers import job as jobs
 from app.launchers import pod as pods
 from app.launchers.cluster import TOLD, Cluster, Json, Refused
 from app.launchers.pod import Conclude, Held, Job, Pod, Warned, Withdraw
-from app.launchers.pod_log import LOST, KeptLog, LogReader, parse
+from app.launchers.pod_log import CUT_OFF, LOST, KeptLog, LogReader, from_its_start, parse
 from app.launchers.reflector import PAGE, Reflector
 from app.reason import Reason
 
@@ -55,6 +55,9 @@ LOG_SECONDS = 0.3
 
 KEEP_SECONDS = 10.0
 """How long a log that is read as its pod ends is waited for: before the deletion to begin, and after the end to be whole."""
+
+LOOKS = 256
+"""How many runners are looked at before others have their turn."""
 
 KILL_SECONDS = 5.0
 TOLD_SECONDS = 30.0
@@ -116,7 +119,9 @@ class KubernetesLauncher:
         if len(handles) == 1:
             return await self._observe(handles[0].runner_id)
         seen: dict[str, Observation] = {}
-        for handle in handles:
+        for number, handle in enumerate(handles):
+            if number % LOOKS == 0:
+                await asyncio.sleep(0)  # a look at what is in the copies waits for nothing
             with contextlib.suppress(LauncherUnavailable):
                 seen.update(await self._observe(handle.runner_id))
         return seen
@@ -158,9 +163,14 @@ class KubernetesLauncher:
                         if not line.is_before(since):
                             yield line
                         after = line.cursor
+                    if not kept.whole.is_set() and after != LOST:
+                        yield LogLine(LOST, CUT_OFF, gap=True)
                 elif pod:
-                    reader = LogReader(parse(after), since)
-                    async for line in self._read_log(pod, reader, follow=follow and not ended):
+                    to_its_end = not follow or ended
+                    lines = self._read_log(pod, LogReader(parse(after), since), follow=not to_its_end)
+                    if to_its_end and after is None and since is None and pod.started_at is not None:
+                        lines = from_its_start(lines, pod.started_at)
+                    async for line in lines:
                         if line.cursor == LOST and (not ended or after == LOST):
                             continue
                         if not line.is_before(since):
@@ -181,7 +191,8 @@ class KubernetesLauncher:
     async def list(self) -> Sequence[Found]:
         await self._in_touch()
         orphans = {pod.runner_id for pod in self._pods.objects.values() if pod.job is None}
-        found = [self._found(job, job["spec"]["template"]["spec"]) async for job in self._pages("jobs", self._ours)]
+        named = {"labelSelector": f"{self._ours['labelSelector']},{jobs.RUNNER}"}  # others may use our labels
+        found = [self._found(job, job["spec"]["template"]["spec"]) async for job in self._pages("jobs", named)]
         for runner_id in orphans - {each.handle.runner_id for each in found}:
             found += [self._found(pod, pod["spec"]) async for pod in self._pages("pods", self._ours_of(runner_id))][:1]
         return found
@@ -264,8 +275,10 @@ class KubernetesLauncher:
         self._closed = True
         for watcher in self._watchers:
             watcher.put_nowait(None)
-        for task in [*self._beside, *([self._asking] if self._asking else [])]:
+        beside = [*self._beside, *([self._asking] if self._asking else [])]
+        for task in beside:
             task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
         for reflector in (self._jobs, self._pods, self._warnings):
             await reflector.aclose()
         await self._cluster.aclose()
@@ -604,6 +617,8 @@ class KubernetesLauncher:
         except LauncherUnavailable as error:
             log.warning("%s: its log could not be kept before its pod went: %s", pod.runner_id, error)
         finally:
+            if not reader.ended:
+                kept.add(LogLine(LOST, CUT_OFF, gap=True))
             if not kept.begun.is_set() and self._kept.get(pod.runner_id) is kept:
                 del self._kept[pod.runner_id]
             kept.begun.set()

@@ -7,14 +7,14 @@ we decided ourselves is written on the Job: its end, where a pod could not tell 
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from app.job_template import CONTAINER
 from app.launcher import Exit, Exited, Observation, Place, Running, Starting
-from app.launchers.job import IDENTITY, LAUNCH_TIMEOUT, RUNNER
+from app.launchers.job import IDENTITY, LAUNCH_TIMEOUT, PREFIX, RUNNER
 from app.reason import Reason
 
 Json = dict[str, Any]
@@ -115,7 +115,8 @@ class Job:
 class Pod:
     """What we keep of a pod; states as the API writes them. ``deadline`` is when the kubelet ends it.
 
-    ``silent``: the cluster has not heard of its node for so long that it takes it for not ready.
+    ``silent``: the cluster has not heard of its node for so long that it takes it for not ready. ``sidecars`` are those of
+    its init containers that go on beside the main one.
     """
 
     name: str
@@ -136,6 +137,7 @@ class Pod:
     disruption: tuple[str, str] | None
     state: Json
     inits: tuple[tuple[str, Json], ...]
+    sidecars: frozenset[str]
 
     @property
     def place(self) -> Place:
@@ -146,6 +148,12 @@ class Pod:
     def started(self) -> bool:
         """Whether the main process runs, as far as is known."""
         return "running" in self.state and not self.over
+
+    @property
+    def started_at(self) -> float | None:
+        """When the main container was started, where it was."""
+        at = (self.state.get("running") or self.state.get("terminated") or {}).get("startedAt")
+        return seconds(at) if at else None
 
     @property
     def news(self) -> "News":
@@ -195,7 +203,7 @@ def read_job(job: Json) -> Job:
     return Job(
         name=metadata["name"],
         uid=metadata["uid"],
-        runner_id=metadata["labels"][RUNNER],
+        runner_id=_whose(metadata, metadata["name"]),
         created_at=seconds(metadata["creationTimestamp"]),
         parallelism=spec.get("parallelism", 1),
         launch_timeout=float(notes.get(LAUNCH_TIMEOUT, 300)),
@@ -207,6 +215,17 @@ def read_job(job: Json) -> Job:
         succeeded="Complete" in conditions or "SuccessCriteriaMet" in conditions,
         failed=f"{failed.get('reason')}: {failed.get('message')}" if failed else None,
     )
+
+
+def _whose(metadata: Json, job_name: str) -> str:
+    """Give the runner of an object: by its label, or where somebody has taken that away by its Job's name.
+
+    Raises KeyError for an object of no runner.
+    """
+    labels: dict[str, str] = metadata.get("labels") or {}
+    if RUNNER not in labels and job_name.startswith(PREFIX):
+        return job_name.removeprefix(PREFIX)
+    return labels[RUNNER]
 
 
 def identity(job: Json) -> dict[str, str]:
@@ -226,11 +245,12 @@ def read_pod(pod: Json) -> Pod:
     states = {one["name"]: one for one in status.get("containerStatuses") or []}
     runner = states.get(CONTAINER, {})
     limit, start = spec.get("activeDeadlineSeconds"), status.get("startTime")
+    job: Json = next((owner for owner in metadata.get("ownerReferences") or [] if owner["kind"] == "Job"), {})
     return Pod(
         name=metadata["name"],
         uid=metadata["uid"],
-        runner_id=metadata["labels"][RUNNER],
-        job=next((owner["uid"] for owner in metadata.get("ownerReferences") or [] if owner["kind"] == "Job"), None),
+        runner_id=_whose(metadata, job.get("name", "")),
+        job=job.get("uid"),
         created_at=seconds(metadata["creationTimestamp"]),
         deleted="deletionTimestamp" in metadata,
         silent=_silent(conditions),
@@ -247,6 +267,7 @@ def read_pod(pod: Json) -> Pod:
         else None,
         state=_state(runner),
         inits=tuple((one["name"], one["state"]) for one in status.get("initContainerStatuses") or [] if one.get("state")),
+        sidecars=frozenset(one["name"] for one in spec.get("initContainers") or [] if one.get("restartPolicy") == "Always"),
     )
 
 
@@ -412,7 +433,7 @@ def _held(job: Job | None, pod: Pod, warnings: Sequence[Warned]) -> Held:
             return Held(problem=f"{reason}: {told}", cause="pull", reason=why, patience=PULL_SECONDS)
         if reason in _BROKEN:
             return Held(problem=about, cause="broken", reason=Reason.CONFIG_ERROR, patience=SETTLE_SECONDS)
-        if "running" in state and name != CONTAINER:
+        if "running" in state and name not in {CONTAINER, *pod.sidecars}:
             return Held(problem=None)
     troubles = [warned for warned in warnings if warned.reason not in {"BackOff", "FailedScheduling"}]
     if troubles and pod.node:
@@ -439,8 +460,9 @@ def _end(pod: Pod, told: Mapping[str, Sequence[Warned]], *, stopped: bool | None
     disruption = _disruption(pod, told)
     lost = Reason.DELETED if pod.deleted and stopped is False else Reason.LOST
     if not ended:
-        failed = next(((name, state["terminated"]) for name, state in pod.inits if _failed(state)), None)
-        if failed and pod.reason not in _POD_REASONS:
+        ends = ((name, state) for name, state in pod.inits if name not in pod.sidecars)
+        failed = next(((name, state["terminated"]) for name, state in ends if _failed(state)), None)
+        if failed and not disruption:
             name, how = failed
             text = f"init container {name} exited with code {how.get('exitCode')}"
             words = how.get("message") or how.get("reason") or ""
@@ -527,11 +549,3 @@ def _read_end(text: str | None) -> Exit | None:
         return Exit(**fields, reason=Reason(reason) if reason else None)
     except (ValueError, TypeError):
         return Exit(message=f"its end was written down and cannot be read: {text}")
-
-
-def latest(warnings: Iterable[Warned]) -> Mapping[str, Sequence[Warned]]:
-    """Sort warnings by what they are about."""
-    about: dict[str, list[Warned]] = {}
-    for warned in warnings:
-        about.setdefault(warned.about, []).append(warned)
-    return about

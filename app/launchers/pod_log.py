@@ -7,7 +7,7 @@ time of the last of them, which shows whether the count still fits; where it doe
 import asyncio
 import re
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -22,6 +22,10 @@ MAX_LINE = 4 * 2**20
 KEPT_BYTES = 16 * 2**20
 """How much of the log of a pod that is going is kept in memory until it is safe elsewhere."""
 
+LATE_SECONDS, MUCH_BYTES = 10.0, 2**20
+"""A log of so many bytes that begins so long after its container may have lost its beginning: kubelets look every ten
+seconds whether one is to be rotated."""
+
 LOST = "lost"
 _NOTHING_LEFT = b"[the log is lost: its container was taken away before it could be read]"
 
@@ -29,6 +33,8 @@ _TIME = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d) 
 _COMPLAINT = re.compile(rb"rpc error: |failed to (try resolving symlinks|watch|open log)|unable to retrieve container logs")
 """What a kubelet writes into a log that is being taken from it, or in its place; no program's line comes without a time."""
 
+CUT_OFF = b"[some output may be missing here: the log could not be read to its end before its pod was gone]"
+_BEGUN_LATE = b"[some output may be missing here: the log begins long after its program, and may have been rotated]"
 _GAP = b"[some output is missing here: the log was rotated]"
 
 
@@ -146,6 +152,24 @@ class LogReader:
         return LogLine(str(self.cursor), text, moment)
 
 
+async def from_its_start(lines: AsyncIterator[LogLine], started_at: float) -> AsyncIterator[LogLine]:
+    """Put a word before a log, read from its start, that seems to have lost it: the API gives a log's newest file only."""
+    held: list[LogLine] = []
+    size, late = 0, True
+    async for line in lines:
+        held.append(line)
+        size += len(line.text)
+        late = late and line.time is not None and line.time - started_at >= LATE_SECONDS
+        if not late or size >= MUCH_BYTES:
+            break
+    if late and size >= MUCH_BYTES:
+        yield LogLine(held[0].cursor, _BEGUN_LATE, gap=True)
+    for line in held:
+        yield line
+    async for line in lines:
+        yield line
+
+
 class KeptLog:
     """The log of a pod that is going: as many of its newest lines as there is room for.
 
@@ -180,7 +204,7 @@ class KeptLog:
         if found is not None:
             return lines[found + 1 :]
         known = parse(cursor)
-        later = [line for line in lines if known is None or _cursor_time(line) > known.time]
+        later = [line for line in lines if known is None or line.cursor == LOST or _cursor_time(line) > known.time]
         gap = [LogLine(later[0].cursor, _GAP, gap=True)] if later and (self._dropped or known) else []
         return [*gap, *later]
 

@@ -8,9 +8,10 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Generic, TypeVar
 
 from app.errors import LauncherUnavailable
@@ -23,7 +24,10 @@ T = TypeVar("T")
 PAGE = 500
 WATCH_SECONDS = 240
 SILENCE_SECONDS = 90.0
-"""After so much silence a watch is begun again: the API sends a bookmark every minute."""
+"""After so much silence a watch is begun again. The API sends a bookmark every minute; where there are only events, none."""
+
+LASTING_SECONDS = 1.0
+"""A watch that was open for so long was well; that it is cut or falls silent is its end then, and no failure."""
 
 FRESH_SECONDS = 5.0
 """How long what was heard is believed without asking whether the API is still there."""
@@ -96,7 +100,7 @@ class Reflector(Generic[T]):
         name, version = obj["metadata"]["name"], _number(obj["metadata"]["resourceVersion"])
         if version > _number(self._version):  # else the watch has seen it, and what came after it
             self._ahead[name] = version
-            self._replace(name, self._read(obj))
+            self._replace(name, self._made(name, obj))
 
     def drop(self, name: str) -> None:
         """Take in that there is no such object, ahead of the watch."""
@@ -123,9 +127,13 @@ class Reflector(Generic[T]):
                 failures += 1
                 log.log(logging.WARNING if failures == 1 else logging.DEBUG, "%s: %s", self._path, error)
                 refused = LauncherUnavailable(f"{self._path}: {error}")
-                self._trouble = error if isinstance(error, LauncherUnavailable) else refused
-                self._outcome.set()
-            if failures or time.monotonic() - began < 1:
+                self._fail(error if isinstance(error, LauncherUnavailable) else refused)
+            except Exception as error:  # nobody watches this task, and a copy that nobody keeps would be believed for ever
+                failures += 1
+                log.exception("%s: its copy is made anew", self._path)
+                self._version = None
+                self._fail(LauncherUnavailable(f"{self._path}: what the API answered is not understood: {error!r}"))
+            if failures or time.monotonic() - began < LASTING_SECONDS:
                 await self._pause(failures)
 
     async def _pause(self, failures: int) -> None:
@@ -150,7 +158,9 @@ class Reflector(Generic[T]):
                     raise _ExpiredError from refused
                 raise
             for item in answer["items"]:
-                found[item["metadata"]["name"]] = self._read(item)
+                name = item["metadata"]["name"]
+                if (value := self._made(name, item)) is not None:
+                    found[name] = value
             if token := answer["metadata"].get("continue"):
                 page["continue"] = token
                 continue
@@ -163,7 +173,8 @@ class Reflector(Generic[T]):
         return version
 
     async def _watch(self) -> None:
-        """Follow the changes until the API ends the watch."""
+        """Follow the changes until the watch ends, by the API's will or by that of what lies before it."""
+        opened = math.inf
         limit = random.randint(WATCH_SECONDS, WATCH_SECONDS * 5 // 4)  # noqa: S311 - spreads load
         query: dict[str, str | int] = {
             **self._selector,
@@ -175,17 +186,18 @@ class Reflector(Generic[T]):
         try:
             async with self._cluster.stream(self._path, query, silence=SILENCE_SECONDS) as chunks:
                 self._well()
-                rest = b""
-                async for chunk in chunks:
-                    *lines, rest = (rest + chunk).split(b"\n")
-                    for line in lines:
-                        self._take(line)
-                    if len(rest) > MAX_LINE:
-                        raise LauncherUnavailable(f"{self._path}: a watch sent more than {MAX_LINE} bytes without an end")
+                opened = time.monotonic()
+                async for line in _lines(chunks):
+                    self._take(line)
         except Refused as refused:
             if refused.status == _EXPIRED:
                 raise _ExpiredError from refused
             raise
+        except LauncherUnavailable as error:
+            if time.monotonic() - opened < LASTING_SECONDS:
+                raise
+            self._trouble = error  # until the next one is open
+            log.debug("%s: a watch ended: %s", self._path, error)
 
     def _take(self, line: bytes) -> None:
         try:
@@ -198,11 +210,19 @@ class Reflector(Generic[T]):
             self._version = obj["metadata"]["resourceVersion"]
             self.heard()
             if kind in {"ADDED", "MODIFIED", "DELETED"} and not self._overtaken(obj):
-                self._replace(obj["metadata"]["name"], self._read(obj))
+                self._replace(obj["metadata"]["name"], self._made(obj["metadata"]["name"], obj))
             if kind == "DELETED":  # after its last words
                 self._replace(obj["metadata"]["name"], None)
         except (ValueError, KeyError, TypeError) as error:
             raise LauncherUnavailable(f"{self._path}: not an event: {line[:200]!r}") from error
+
+    def _made(self, name: str, obj: Json) -> T | None:
+        """Read an object; one that cannot be read, because others have a hand in it, is left as it was known."""
+        try:
+            return self._read(obj)
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
+            log.warning("%s: %s cannot be read, and is left aside: %r", self._path, name, error)
+            return self.objects.get(name)
 
     def _overtaken(self, obj: Json) -> bool:
         """Whether an event is older than what a call has answered meanwhile."""
@@ -219,11 +239,25 @@ class Reflector(Generic[T]):
         if value != before:
             self._changed(before, value)
 
+    def _fail(self, trouble: LauncherUnavailable) -> None:
+        self._trouble = trouble
+        self._outcome.set()
+
     def _well(self) -> None:
         self._synced = True
         self._trouble = None
         self.heard()
         self._outcome.set()
+
+
+async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    rest = b""
+    async for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line
+        if len(rest) > MAX_LINE:
+            raise LauncherUnavailable(f"a watch sent more than {MAX_LINE} bytes without an end of line")
 
 
 def _number(version: str | None) -> int:
