@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, assert_never
 
@@ -141,9 +141,8 @@ class Reconciler:
         Returns when the engines were swept once, so that no slot is given away whose runner lives and is not on record; an
         engine that does not answer holds this up for a moment only.
         """
-        for runner_id in await self._store.unclean():
-            self._begun.add(runner_id)
-            self._queue.add(runner_id)
+        self._begun.update(await self._store.unclean())
+        await self._take_up()
         loops = [self._forever(step) for step in (self._hand_out, self._sweep)]
         self._tasks = [asyncio.create_task(loop, name=f"reconciler {number}") for number, loop in enumerate(loops)]
         with contextlib.suppress(TimeoutError):
@@ -235,11 +234,41 @@ class Reconciler:
         self._working.add(task)
         task.add_done_callback(self._working.discard)
 
+    async def _take_up(self) -> None:
+        """Have every runner looked at that needs something; those that run all at once, for there may be very many."""
+        running: dict[str, list[Runner]] = defaultdict(list)
+        wanting = dict.fromkeys(await self._store.unclean())
+        for runner in await self._store.accepted():
+            if runner.phase is Phase.RUNNING:
+                running[runner.engine].append(runner)
+                wanting.pop(runner.runner_id, None)
+        for runner_id in wanting:
+            self._queue.add(runner_id)
+        for engine, runners in running.items():
+            self._begin(self._look_at_all(engine, runners))
+
+    async def _look_at_all(self, engine: str, runners: Sequence[Runner]) -> None:
+        """Ask an engine of runners in one call, and look at those that need more than to wait."""
+        seen: Mapping[str, Observation] = {}
+        try:
+            seen = await (await self.launcher(engine)).observe([_handle(runner) for runner in runners])
+        except (LauncherUnavailable, LaunchRejected):
+            pass  # each sees for itself
+        except Exception:
+            log.exception("%s: the first look at what runs there failed", engine)
+        for runner in runners:
+            with contextlib.suppress(NotOwner):  # whoever becomes the owner takes it up
+                match decide(runner, seen.get(runner.runner_id), self._now(), self._since_of(runner)):
+                    case Wait(until=until):
+                        if until is not None:
+                            self._queue.add_after(runner.runner_id, until - self._now())
+                    case _:
+                        self._queue.add(runner.runner_id)
+
     async def _take_over(self, key: str) -> None:
         """Take up what another replica has left, engines without a record included."""
         try:
-            for runner_id in await self._store.unclean():
-                self._queue.add(runner_id)
+            await self._take_up()
         except Unavailable as error:
             log.warning("%s cannot be taken over yet: %s", key, error)
             await asyncio.sleep(1)
@@ -471,7 +500,7 @@ class Reconciler:
         seen: Observation | None = None
         while runner:
             watch.known = runner.revision
-            action = decide(runner, seen, self._now(), max(self._since, self._ownership.since(runner)))
+            action = decide(runner, seen, self._now(), self._since_of(runner))
             match action:
                 case Wait(until=until):
                     return None if until is None else until - self._now()
@@ -496,6 +525,10 @@ class Reconciler:
                 case _:
                     assert_never(action)
         return 0
+
+    def _since_of(self, runner: Runner) -> float:
+        """Say since when we look after a runner. Raises NotOwner."""
+        return max(self._since, self._ownership.since(runner))
 
     async def _write(self, old: Runner, new: Runner, event: str, **data: JsonValue) -> Runner | None:
         """Write a change; None if somebody else was first, and then everything is to be decided anew."""

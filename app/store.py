@@ -333,13 +333,13 @@ class Store:
         query = sa.select(runners.c.runner_id).where(sa.not_(runners.c.cleaned)).order_by(runners.c.seq)
         return await self._read(lambda connection: list(connection.execute(query).scalars()))
 
-    async def accepted(self, engine: str) -> list[Runner]:
-        """Give all live runners that an engine has accepted."""
+    async def accepted(self, engine: str | None = None) -> list[Runner]:
+        """Give all live runners that an engine, or any, has accepted."""
         query = _whole().where(LIVE, runners.c.phase.in_(PLACED))
 
         def read(connection: Connection) -> list[Runner]:
             found = map(_load, connection.execute(query))  # in this thread, for they may be many
-            return [runner for runner in found if runner.accepted and runner.engine == engine]
+            return [runner for runner in found if runner.accepted and engine in (None, runner.engine)]
 
         return await self._read(read)
 

@@ -985,6 +985,23 @@ async def test_the_resync_asks_each_engine_once_however_many_runners_it_holds(ho
 
 
 @simulated
+async def test_a_restart_asks_each_engine_once_of_all_that_run_and_keeps_their_deadlines(house: House) -> None:
+    house.pools = {"local": pool(places=50)}
+    names = [await house.launch("after=50", "exit=3", run_timeout_seconds=1000)]
+    names += [await house.launch(run_timeout_seconds=100) for _ in range(30)]
+    await house.crash()
+    house.loop.now += 60
+    before = len(house.world.calls)
+    await house.start()
+    await house.settle()
+    asked = [method for method, _ in house.world.calls[before:]]
+    assert asked.count("observe") <= 2  # and once for the one that has ended
+    assert (await house.get(names[0])).exit_code == 3
+    await house.advance(40)
+    assert {(await house.get(name)).reason for name in names[1:]} == {Reason.DEADLINE_EXCEEDED}
+
+
+@simulated
 async def test_a_watch_that_breaks_is_begun_again(house: House, caplog: pytest.LogCaptureFixture) -> None:
     class Breaks(FakeLauncher):
         broken = False

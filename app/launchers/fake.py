@@ -296,14 +296,14 @@ class FakeLauncher:
         return {runner_id: self._world.look(runner_id)[0] for runner_id in ids if runner_id not in self._world.silent}
 
     async def watch(self) -> AsyncIterator[str]:
-        """Yield each runner once as it is found, and again whenever it becomes something else."""
+        """Yield each runner whenever it becomes something else; one that is found running is no news."""
         world, known, place = self._world, dict[str, Observation](), 0
         while not self._closed:
             pulse = world.pulse
             moved = [] if world.down else world.moved_since(place)
             place += len(moved)
             for runner_id in moved:
-                seen, before = world.look(runner_id)[0], known.pop(runner_id, Gone())
+                seen, before = world.look(runner_id)[0], known.pop(runner_id, Running())
                 if seen != Gone():
                     known[runner_id] = seen
                 if seen != before:
