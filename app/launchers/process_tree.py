@@ -2,20 +2,33 @@
 
 Where the runner has a control group, what is in it belongs to it. Elsewhere a process belongs if its environment says so
 (children inherit ``RUNNER_ID``), if it is in the session of the runner's main process, or if its parent belongs; one that
-clears its environment, leaves the session and outlives its parent escapes that. Everything here blocks.
+clears its environment, leaves the session and outlives its parent escapes that. Numbers of processes, and so of sessions, are
+given anew: whose they are now has to be known surely, for what is found here is killed. Everything here blocks.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from app.launchers.cgroup import Group
 
 PROC = Path("/proc")
+
+
+@functools.cache
+def numbering() -> str:
+    """Name what numbers processes here: this boot of the machine, and this namespace. Elsewhere their numbers mean nothing."""
+    return f"{(PROC / 'sys/kernel/random/boot_id').read_text().strip()} {(PROC / 'self/ns/pid').readlink()}"
+
+
+def ticks(uptime: str) -> int:
+    """Turn a time as /proc/uptime has it, in seconds since boot, into that of a process's start. Raises ValueError."""
+    return round(float(uptime) * os.sysconf("SC_CLK_TCK"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +76,33 @@ class _Row:
     dead: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tree:
-    """All processes of a runner, save its shim, which has the same environment."""
+    """All processes of a runner, save its shim, which has the same environment.
+
+    ``ended_at`` is when the main process was seen to have ended, in clock ticks since boot, if anybody saw it.
+    """
 
     runner_id: str
     main: Process | None
     shim: Process | None
     group: Group
+    ended_at: int | None = None
+    _owns_session: bool = False
+
+    def owns_session(self, members: Iterable[_Row]) -> bool:
+        """Say whether the session that bears the main process's number is the runner's, and not of one that has the number now.
+
+        The kernel keeps a number from others as long as its process is not reaped, or the session has a member. So the session
+        is the runner's if the main process is there, or a member that began before it ended: it can have been born into no
+        other. Once known, this holds for the moment that a kill takes, where the killed go one after the other.
+        """
+        main, end = self.main, self.ended_at or 0
+        if main and not self._owns_session:
+            row = _row(main.pid)
+            there = row is not None and row.start_time == main.start_time
+            self._owns_session = there or any(main.start_time <= member.start_time <= end for member in members)
+        return self._owns_session
 
     def processes(self) -> list[Process]:
         """Find all that live."""
@@ -100,12 +132,11 @@ class Tree:
 def _search(tree: Tree) -> list[Process]:
     rows = {row.pid: row for row in _table() if not row.dead}
     mark = f"RUNNER_ID={tree.runner_id}".encode()
-    main, shim = tree.main, tree.shim.pid if tree.shim and tree.shim.alive else None
-    # A session's number is not given to another process while one of its members lives.
-    session = main.pid if main and (main.pid not in rows or rows[main.pid].start_time == main.start_time) else None
-    members = {
-        row.pid for row in rows.values() if (row.session == session or mark in _environment(row.pid)) and row.pid != shim
-    }
+    shim = tree.shim.pid if tree.shim and tree.shim.alive else None
+    session = [row for row in rows.values() if tree.main and row.session == tree.main.pid]
+    members = {row.pid for row in session} if tree.owns_session(session) else set()
+    members |= {row.pid for row in rows.values() if mark in _environment(row.pid)}
+    members -= {shim}
     grown = True
     while grown:
         children = {row.pid for row in rows.values() if row.parent in members} - members - {shim}

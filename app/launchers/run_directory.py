@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from app.errors import LauncherUnavailable, LaunchRejected
 from app.launcher import Enforcement, Exit, Exited, Found, Gone, Handle, LaunchSpec
-from app.launchers import cgroup
+from app.launchers import cgroup, process_tree
 from app.launchers.cgroup import Cgroups, Group
 from app.launchers.process_tree import Process, Tree
 from app.logs import LogFile
@@ -139,6 +139,7 @@ class RunDirectory:
             about = {
                 "labels": dict(spec.labels),
                 "log_max": spec.log_max_mib << 20,
+                "numbering": process_tree.numbering(),
                 "node": node,
                 "context": str(context),
                 "cpu": enforced.cpu,
@@ -249,7 +250,7 @@ class RunDirectory:
             truncated = log.trim(log_max)
         oom_killed = self._group().oom_kills() > 0
         try:
-            kind, number = (self.path / "exit").read_text().split()
+            kind, number, *_ = (self.path / "exit").read_text().split()
             finished_at = (self.path / "exit").stat().st_mtime
         except (FileNotFoundError, ValueError):
             text = "its shim was killed, so how it ended is unknown"
@@ -334,7 +335,17 @@ class RunDirectory:
         return cgroup.probed().group(self.runner_id, *cgroup.CONTROLLERS)
 
     def _tree(self) -> Tree:
-        return Tree(self.runner_id, self._process("pid"), self._process("claim"), self._group())
+        """Give its processes; by their numbers only where these mean what they meant to its shim."""
+        numbering = process_tree.numbering()
+        with contextlib.suppress(OSError, ValueError):
+            if self._about().get("numbering", numbering) == numbering:
+                return Tree(self.runner_id, self._process("pid"), self._process("claim"), self._group(), self._ended_at())
+        return Tree(self.runner_id, None, None, self._group())
+
+    def _ended_at(self) -> int | None:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            return process_tree.ticks((self.path / "exit").read_text().split()[2])
+        return None
 
 
 def _private(path: str, flags: int) -> int:

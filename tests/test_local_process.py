@@ -1,0 +1,143 @@
+"""Local runners after what no other engine knows: numbers given anew, files that a power failure or a full disk has emptied."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import until
+
+from app.launcher import Exit, Exited, Handle, LaunchSpec
+from app.launchers.local_process import LocalProcessLauncher
+
+LEAVES_A_DAEMON = """
+import os, sys, time
+if os.fork() == 0:
+    os.setpgid(0, 0)
+    open("daemon", "w").write(f"{os.getpid()} ")
+    os.execve("/bin/sleep", ["sleep", "1000"], {})
+while not os.path.exists("go"): time.sleep(0.01)
+"""
+"""It keeps the session, and leaves the process group, its environment and its parent behind."""
+
+
+@pytest.fixture
+async def launcher(tmp_path: Path) -> AsyncIterator[LocalProcessLauncher]:
+    launcher = LocalProcessLauncher(tmp_path / "runners")
+    yield launcher
+    for found in await launcher.list():
+        await launcher.remove(found.handle)
+    await launcher.aclose()
+
+
+@pytest.fixture
+def place(tmp_path: Path, runner_id: str) -> Path:
+    return tmp_path / "runners" / runner_id
+
+
+@pytest.fixture
+def runner_id() -> str:
+    return f"runner-{os.urandom(6).hex()}"
+
+
+@pytest.fixture
+def daemons() -> Iterator[list[int]]:
+    """Whoever is told of here is killed at last."""
+    pids: list[int] = []
+    yield pids
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def spec(tmp_path: Path, runner_id: str, *command: str) -> LaunchSpec:
+    environment = {"PATH": os.environ["PATH"], "RUNNER_ID": runner_id}
+    return LaunchSpec(command=command, environment=environment, context=b"{}", working_dir=str(tmp_path))
+
+
+async def ended(launcher: LocalProcessLauncher, handle: Handle) -> Exit:
+    async def end() -> Exited | None:
+        seen = (await launcher.observe([handle])).get(handle.runner_id)
+        return seen if isinstance(seen, Exited) else None
+
+    return (await until(end)).exit
+
+
+def stat(pid: int) -> list[str]:
+    """The fields of a process from its state on: state, parent, group, session, ..., the start at 19; empty if it is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return []
+
+
+def lives(pid: int) -> bool:
+    return bool(fields := stat(pid)) and fields[0] not in "ZX"
+
+
+def daemon_of_a_dead_leader() -> tuple[int, int]:
+    """Start a stranger as many daemons are: its session's leader has ended. Gives the session's number, and the stranger's."""
+    script = "sleep 1000 >/dev/null & echo $$ $!"
+    told = subprocess.run(["setsid", "sh", "-c", script], stdout=subprocess.PIPE, check=True).stdout  # noqa: S607
+    session, pid = map(int, told.split())
+    return session, pid
+
+
+async def test_a_session_that_has_the_number_of_a_dead_runner_is_left_alone(
+    launcher: LocalProcessLauncher, tmp_path: Path, place: Path, runner_id: str, daemons: list[int]
+) -> None:
+    handle = await launcher.launch(runner_id, spec(tmp_path, runner_id, "sh", "-c", "exit 3"))
+    assert (await ended(launcher, handle)).code == 3
+    began = (place / "pid").read_text().split()[1]
+    await asyncio.sleep(0.1)  # several clock ticks later the number is a stranger's
+    session, stranger = daemon_of_a_dead_leader()
+    daemons.append(stranger)
+    assert stat(stranger)[3] == str(session)
+    (place / "pid").write_text(f"{session} {began}\n")
+    (place / "cgroups").write_text("")  # this runner had no group, whatever this machine has
+
+    later = LocalProcessLauncher(tmp_path / "runners")
+    assert (await ended(later, handle)).code == 3
+    (place / "exit").unlink()  # likewise where nobody saw when it ended
+    assert (await ended(LocalProcessLauncher(tmp_path / "runners"), handle)).code is None
+    await later.remove(handle)
+    await later.aclose()
+    assert not place.exists()
+    assert lives(stranger)
+
+
+async def test_after_a_reboot_a_number_and_a_start_mean_nobody(
+    launcher: LocalProcessLauncher, tmp_path: Path, place: Path, runner_id: str, daemons: list[int]
+) -> None:
+    handle = await launcher.launch(runner_id, spec(tmp_path, runner_id, "true"))
+    await ended(launcher, handle)
+    _, stranger = daemon_of_a_dead_leader()
+    daemons.append(stranger)
+    (place / "pid").write_text(f"{stranger} {stat(stranger)[19]}\n")
+    (place / "cgroups").write_text("")
+    about = json.loads((place / "about.json").read_text())
+    (place / "about.json").write_text(json.dumps({**about, "numbering": "another boot"}))
+
+    later = LocalProcessLauncher(tmp_path / "runners")
+    await ended(later, handle)
+    await later.remove(handle)
+    await later.aclose()
+    assert lives(stranger)
+
+
+async def test_what_is_left_in_a_runners_session_ends_with_it_also_without_a_group(
+    launcher: LocalProcessLauncher, tmp_path: Path, place: Path, runner_id: str, daemons: list[int]
+) -> None:
+    handle = await launcher.launch(runner_id, spec(tmp_path, runner_id, sys.executable, "-c", LEAVES_A_DAEMON))
+    (place / "cgroups").write_text("")
+    left = int(await until(lambda: (tmp_path / "daemon").exists() and (tmp_path / "daemon").read_text()))
+    daemons.append(left)
+    await until(lambda: Path(f"/proc/{left}/environ").read_bytes() == b"")
+    (tmp_path / "go").touch()
+    assert (await ended(launcher, handle)).code == 0
+    assert not lives(left)
