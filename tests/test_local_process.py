@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from pathlib import Path
 
 import pytest
@@ -43,7 +43,7 @@ def place(tmp_path: Path, runner_id: str) -> Path:
 
 @pytest.fixture
 def runner_id() -> str:
-    return f"runner-{os.urandom(6).hex()}"
+    return new_id()
 
 
 @pytest.fixture
@@ -54,6 +54,10 @@ def daemons() -> Iterator[list[int]]:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def new_id() -> str:
+    return f"runner-{os.urandom(6).hex()}"
 
 
 def spec(tmp_path: Path, runner_id: str, *command: str) -> LaunchSpec:
@@ -101,12 +105,12 @@ async def test_a_session_that_has_the_number_of_a_dead_runner_is_left_alone(
     (place / "pid").write_text(f"{session} {began}\n")
     (place / "cgroups").write_text("")  # this runner had no group, whatever this machine has
 
-    later = LocalProcessLauncher(tmp_path / "runners")
-    assert (await ended(later, handle)).code == 3
+    async with aclosing(LocalProcessLauncher(tmp_path / "runners")) as later:
+        assert (await ended(later, handle)).code == 3
     (place / "exit").unlink()  # likewise where nobody saw when it ended
-    assert (await ended(LocalProcessLauncher(tmp_path / "runners"), handle)).code is None
-    await later.remove(handle)
-    await later.aclose()
+    async with aclosing(LocalProcessLauncher(tmp_path / "runners")) as later:
+        assert (await ended(later, handle)).code is None
+        await later.remove(handle)
     assert not place.exists()
     assert lives(stranger)
 
@@ -123,11 +127,36 @@ async def test_after_a_reboot_a_number_and_a_start_mean_nobody(
     about = json.loads((place / "about.json").read_text())
     (place / "about.json").write_text(json.dumps({**about, "numbering": "another boot"}))
 
-    later = LocalProcessLauncher(tmp_path / "runners")
-    await ended(later, handle)
-    await later.remove(handle)
-    await later.aclose()
+    async with aclosing(LocalProcessLauncher(tmp_path / "runners")) as later:
+        await ended(later, handle)
+        await later.remove(handle)
     assert lives(stranger)
+
+
+async def test_what_a_power_failure_has_emptied_is_one_lost_runner_and_keeps_nobody_from_looking_at_others(
+    launcher: LocalProcessLauncher, tmp_path: Path, place: Path, runner_id: str
+) -> None:
+    lost = await launcher.launch(runner_id, spec(tmp_path, runner_id, "echo", "still here"))
+    unreadable = await launcher.launch(other := new_id(), spec(tmp_path, other, "true"))
+    fine = await launcher.launch(another := new_id(), spec(tmp_path, another, "sh", "-c", "exit 7"))
+    for handle in (lost, unreadable, fine):
+        await ended(launcher, handle)
+    for name in ("about.json", "pid", "claim", "cgroups", "exit"):
+        (place / name).write_bytes(b"")
+    (place.with_name(other) / "about.json").unlink()
+    (place.with_name(other) / "about.json").mkdir()
+
+    async with aclosing(LocalProcessLauncher(tmp_path / "runners")) as later:
+        seen = await later.observe([lost, unreadable, fine])
+        assert set(seen) == {runner_id, another}  # nobody can say what became of the other
+        for one, code in ((runner_id, None), (another, 7)):
+            observed = seen[one]
+            assert isinstance(observed, Exited)
+            assert (observed.exit.code, observed.exit.signal) == (code, None)
+        assert [line.text async for line in later.logs(lost)] == [b"still here"]
+        for handle in (lost, unreadable):
+            await later.remove(handle)
+    assert not place.exists()
 
 
 async def test_what_is_left_in_a_runners_session_ends_with_it_also_without_a_group(

@@ -110,15 +110,24 @@ class LocalProcessLauncher:
 
     async def observe(self, handles: Sequence[Handle]) -> Mapping[str, Observation]:
         seen: dict[str, Observation] = {}
+        failure = None
         for handle in handles:
-            run = await self._find(handle.runner_id)
-            if run is None:
-                seen[handle.runner_id] = Gone()
-            elif not run.ended:
-                seen[handle.runner_id] = Running() if run.handle.pid else Starting()
-            elif end := await self._conclude(run):
-                seen[handle.runner_id] = end
+            try:
+                if observation := await self._see(handle):
+                    seen[handle.runner_id] = observation
+            except LauncherUnavailable as error:  # its own files cannot be read, maybe: that is nothing to the others
+                failure = error
+        if failure and not seen:
+            raise failure
         return seen
+
+    async def _see(self, handle: Handle) -> Observation | None:
+        run = await self._find(handle.runner_id)
+        if run is None:
+            return Gone()
+        if run.ended:
+            return await self._conclude(run)
+        return Running() if run.handle.pid else Starting()
 
     async def watch(self) -> AsyncIterator[str]:
         while (runner_id := await self._changed.get()) is not None:

@@ -12,6 +12,7 @@ import secrets
 import shlex
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -200,7 +201,7 @@ class RunDirectory:
                 fifo = self._open_fifo()  # a shim opens it before it claims, so now the answer is final
         except FileNotFoundError:
             return None
-        return Look(fifo, self._handle(about), about["log_max"])
+        return Look(fifo, self._handle(about), about.get("log_max", sys.maxsize))
 
     def found(self) -> Found | None:
         """Say what was launched here, and with which labels; None if this is no whole run directory."""
@@ -214,9 +215,9 @@ class RunDirectory:
         return Handle(
             runner_id=self.runner_id,
             pid=main.pid if main else None,
-            node=about["node"],
-            enforced_by=Enforcement(cpu=about["cpu"], memory_mib=about["memory_mib"]),
-            isolation=about["isolation"],
+            node=about.get("node"),
+            enforced_by=Enforcement(cpu=about.get("cpu", "none"), memory_mib=about.get("memory_mib", "none")),
+            isolation=about.get("isolation", "none"),
         )
 
     def order_end(self, *, kill: bool) -> None:
@@ -251,6 +252,7 @@ class RunDirectory:
         oom_killed = self._group().oom_kills() > 0
         try:
             kind, number, *_ = (self.path / "exit").read_text().split()
+            code = int(number)
             finished_at = (self.path / "exit").stat().st_mtime
         except (FileNotFoundError, ValueError):
             text = "its shim was killed, so how it ended is unknown"
@@ -258,8 +260,8 @@ class RunDirectory:
         deadline = (self.path / "deadline").exists()
         return Exited(
             Exit(
-                code=int(number) if kind == "exit" else None,
-                signal=_signal_name(int(number)) if kind == "signal" else None,
+                code=code if kind == "exit" else None,
+                signal=_signal_name(code) if kind == "signal" else None,
                 oom_killed=oom_killed,
                 reason=Reason.DEADLINE_EXCEEDED if deadline else None,
                 message="ran into its deadline while the service was away" if deadline else None,
@@ -304,8 +306,12 @@ class RunDirectory:
     # What lies here.
 
     def _about(self) -> dict[str, Any]:
-        about = json.loads((self.path / "about.json").read_bytes())
-        return about if isinstance(about, dict) else {}
+        """Read what was noted before the start; nothing where a power failure came before it was on the disk. Raises OSError."""
+        text = (self.path / "about.json").read_bytes()
+        with contextlib.suppress(ValueError):
+            if isinstance(about := json.loads(text), dict):
+                return about
+        return {}
 
     def _open_fifo(self) -> int:
         try:
@@ -336,9 +342,8 @@ class RunDirectory:
 
     def _tree(self) -> Tree:
         """Give its processes; by their numbers only where these mean what they meant to its shim."""
-        numbering = process_tree.numbering()
-        with contextlib.suppress(OSError, ValueError):
-            if self._about().get("numbering", numbering) == numbering:
+        with contextlib.suppress(OSError):
+            if self._about().get("numbering") == process_tree.numbering():
                 return Tree(self.runner_id, self._process("pid"), self._process("claim"), self._group(), self._ended_at())
         return Tree(self.runner_id, None, None, self._group())
 
