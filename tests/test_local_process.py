@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import until
 
-from app.launcher import Exit, Exited, Handle, LaunchSpec
+from app.launcher import Exit, Exited, Handle, LaunchSpec, Running, Starting
 from app.launchers.local_process import LocalProcessLauncher
 
 LEAVES_A_DAEMON = """
@@ -157,6 +157,17 @@ async def test_what_a_power_failure_has_emptied_is_one_lost_runner_and_keeps_nob
         for handle in (lost, unreadable):
             await later.remove(handle)
     assert not place.exists()
+
+
+async def test_a_runner_that_took_long_to_start_runs_once_it_has(
+    launcher: LocalProcessLauncher, tmp_path: Path, place: Path, runner_id: str
+) -> None:
+    handle = await launcher.launch(runner_id, spec(tmp_path, runner_id, "sleep", "1000"))
+    (place / "pid").rename(place / "not yet")
+    async with aclosing(LocalProcessLauncher(tmp_path / "runners", start_seconds=0.1)) as later:
+        assert await later.observe([handle]) == {runner_id: Starting()}
+        (place / "not yet").rename(place / "pid")
+        assert await later.observe([handle]) == {runner_id: Running()}
 
 
 async def test_what_is_left_in_a_runners_session_ends_with_it_also_without_a_group(

@@ -43,7 +43,6 @@ SHIM_SLACK_SECONDS = 2.0
 
 T = TypeVar("T")
 TRIM_SECONDS = 1.0
-_START_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +73,14 @@ class _Run:
 
 
 class LocalProcessLauncher:
-    """Starts runners as local processes under ``directory``, which must be on a local file system."""
+    """Starts runners as local processes under ``directory``, which must be on a local file system.
 
-    def __init__(self, directory: Path) -> None:
+    A shim is given ``start_seconds`` to start its runner before anybody is told that it has not yet.
+    """
+
+    def __init__(self, directory: Path, start_seconds: float = 10) -> None:
         self._directory = directory
+        self._start_seconds = start_seconds
         self._runs: dict[str, _Run] = {}
         self._changed: asyncio.Queue[str | None] = asyncio.Queue()
         self._trimmer: asyncio.Task[None] | None = None
@@ -95,7 +98,7 @@ class LocalProcessLauncher:
         try:
             if start:
                 with contextlib.closing(start):
-                    await _start_shim(start, spec.working_dir)
+                    await _start_shim(start, spec.working_dir, self._start_seconds)
             return (await self._launched(place)).handle
         except LauncherUnavailable as error:
             error.acted = True  # there is a run directory, and maybe a shim that lives
@@ -127,6 +130,8 @@ class LocalProcessLauncher:
             return Gone()
         if run.ended:
             return await self._conclude(run)
+        if run.handle.pid is None:  # it took long to start, and may have by now
+            run.handle = await _in_thread(self._place(handle.runner_id).handle)
         return Running() if run.handle.pid else Starting()
 
     async def watch(self) -> AsyncIterator[str]:
@@ -216,7 +221,7 @@ class LocalProcessLauncher:
         """Give a runner that was started by whomever, watched from now on; None if none was."""
         if run := self._runs.get(runner_id):
             return run
-        deadline = time.monotonic() + _START_SECONDS
+        deadline = time.monotonic() + self._start_seconds
         while True:
             look = await _in_thread(self._place(runner_id).look, undo=_close_fifo)
             if look is None or runner_id in self._runs:
@@ -301,7 +306,7 @@ def _close_fifo(look: Look | None) -> None:
         os.close(look.fifo)
 
 
-async def _start_shim(start: _Start, directory: str | None) -> None:
+async def _start_shim(start: _Start, directory: str | None, seconds: float) -> None:
     """Start a shim, and wait until it has started the runner or found that another shim did.
 
     The command begins with `setsid`, which forks because it is made a group's leader: the shim is nobody's child, needs no
@@ -321,11 +326,11 @@ async def _start_shim(start: _Start, directory: str | None) -> None:
             )
         finally:
             os.close(told)
-        async with asyncio.timeout(_START_SECONDS):
+        async with asyncio.timeout(seconds):
             await _readable(ready)
         await shim.wait()
     except TimeoutError as error:
-        raise LauncherUnavailable(f"the shim said nothing for {_START_SECONDS:g} s") from error
+        raise LauncherUnavailable(f"the shim said nothing for {seconds:g} s") from error
     except OSError as error:
         raise _start_error(error, directory) from error
     finally:

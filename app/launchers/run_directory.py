@@ -201,16 +201,20 @@ class RunDirectory:
                 fifo = self._open_fifo()  # a shim opens it before it claims, so now the answer is final
         except FileNotFoundError:
             return None
-        return Look(fifo, self._handle(about), about.get("log_max", sys.maxsize))
+        return Look(fifo, self._handle_of(about), about.get("log_max", sys.maxsize))
 
     def found(self) -> Found | None:
         """Say what was launched here, and with which labels; None if this is no whole run directory."""
         with contextlib.suppress(OSError, ValueError, KeyError):
             about = self._about()
-            return Found(self._handle(about), about["labels"], (self.path / "about.json").stat().st_mtime)
+            return Found(self._handle_of(about), about["labels"], (self.path / "about.json").stat().st_mtime)
         return None
 
-    def _handle(self, about: dict[str, Any]) -> Handle:
+    def handle(self) -> Handle:
+        """Give the handle as it is by now. Raises OSError."""
+        return self._handle_of(self._about())
+
+    def _handle_of(self, about: dict[str, Any]) -> Handle:
         main = self._process("pid")
         return Handle(
             runner_id=self.runner_id,
