@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -219,9 +220,7 @@ def _try_home(base: Path) -> Path | None:
     home = base / HOME
     with contextlib.suppress(OSError):
         home.mkdir(exist_ok=True)
-        probe = home / f"probe-{os.getpid()}"
-        probe.mkdir()
-        probe.rmdir()
+        os.rmdir(tempfile.mkdtemp(prefix="probe-", dir=home))  # a name of its own: others may probe at the same time
         return home
     return None
 

@@ -73,7 +73,7 @@ class _Run:
 
 
 class LocalProcessLauncher:
-    """Starts runners as local processes under ``directory``, which must be on a local file system.
+    """Starts runners as local processes under ``directory``, which must be on a local file system. Opening it blocks.
 
     A shim is given ``start_seconds`` to start its runner before anybody is told that it has not yet.
     """
@@ -85,6 +85,7 @@ class LocalProcessLauncher:
         self._changed: asyncio.Queue[str | None] = asyncio.Queue()
         self._trimmer: asyncio.Task[None] | None = None
         self._node = socket.gethostname()
+        cgroup.probed()  # now, and not by many launches at once
 
     async def launch(
         self,
