@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -411,6 +412,17 @@ def fill(disk: Path) -> None:
     with (disk / "filling").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
+
+
+async def test_a_service_may_open_all_files_from_its_start_and_its_runners_as_many_as_before(
+    serve: Serve, slot: Path
+) -> None:
+    few = ["sh", "-c", 'ulimit -S -n 300 && exec "$0" "$@"']
+    async with serve(inside=few) as running, running.client() as client:
+        soft, hard = resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE)
+        assert soft == hard > 300
+        runner = await finished(client, await launched(client, launch_body(slot, "ulimit -S -n")))
+        assert (await client.get(f"/runners/{runner['runner_id']}/logs")).text == "300\n"
 
 
 @pytest.mark.fault("the disk is full, for state and logs")

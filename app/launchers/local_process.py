@@ -28,6 +28,7 @@ from typing import BinaryIO, TypeVar
 
 from pydantic import JsonValue
 
+from app import open_files
 from app.errors import LauncherUnavailable, LaunchRejected, RunnerGone
 from app.launcher import Exited, Found, Gone, Handle, LaunchSpec, LogLine, Observation, Running, Starting
 from app.launchers import cgroup
@@ -86,6 +87,7 @@ class LocalProcessLauncher:
         self._trimmer: asyncio.Task[None] | None = None
         self._node = socket.gethostname()
         cgroup.probed()  # now, and not by many launches at once
+        self._open_files = open_files.raise_limit()  # what runners may have
 
     async def launch(
         self,
@@ -214,7 +216,7 @@ class LocalProcessLauncher:
         deadline = "-" if spec.run_timeout_seconds is None else f"{spec.run_timeout_seconds + SHIM_SLACK_SECONDS:.3f}"
         grace = f"{spec.stop_grace_seconds:.3f}"
         setsid, sleep = _tool("setsid"), _tool("sleep")
-        shim = (setsid, _shell(), str(SHIM), str(place.path), deadline, grace, _raise_open_files(), setsid, sleep)
+        shim = (setsid, _shell(), str(SHIM), str(place.path), deadline, grace, self._open_files, setsid, sleep)
         command = (*shim, *_with_default_signals(), *prepared.prefix, *(spec.command or ()))
         return _Start(command, prepared.environment, prepared.directory, prepared.log)
 
@@ -373,14 +375,6 @@ async def _readable(fd: int) -> None:
         await ready
     finally:
         loop.remove_reader(fd)
-
-
-@functools.cache
-def _raise_open_files() -> str:
-    """Let this process hold as many files as it may: one for every live runner; gives what runners shall have, as before."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
 
 
 @functools.cache
