@@ -32,6 +32,9 @@ KILL_SECONDS = 5.0
 """How long a killed process may take to be gone."""
 
 
+_END_ROOM = 63
+"""How many bytes there are for the words of an end."""
+
 _ENVIRONMENT = "environment.sh"
 _TAKES_ENVIRONMENT = ("/bin/sh", "-c", '. "$0" 2>/dev/null; exec "$@"')
 """Followed by a file, and by the command that it becomes. A shell may refuse to set a variable of its own, such as UID."""
@@ -102,6 +105,16 @@ class Look:
     log_max: int
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a main process ended, and when: in clock ticks since boot, and in seconds since the epoch."""
+
+    code: int | None
+    signal: str | None
+    ticks: int
+    finished_at: float
+
+
 class RunDirectory:
     """One runner's directory."""
 
@@ -148,6 +161,7 @@ class RunDirectory:
                 "isolation": "user" if account else "none",
             }
             self._write("about.json", json.dumps(about).encode())
+            self._keep_room_for_the_end()
             with contextlib.suppress(FileExistsError):
                 os.mkfifo(self.path / "alive", 0o600)
             log = open(self.log, "ab", opener=_private)  # noqa: SIM115 - closed by whoever starts the shim
@@ -187,6 +201,17 @@ class RunDirectory:
         with open(fresh, "wb", opener=_private) as file:
             file.write(data)
         fresh.rename(self.path / name)
+
+    def _keep_room_for_the_end(self) -> None:
+        """Let the shim note the end in a block that is there already: the disk may be full by then.
+
+        A shim that a dead service had under way may be writing it just now, before this byte.
+        """
+        file = os.open(self.path / "exit", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(file, b"\n", _END_ROOM)
+        finally:
+            os.close(file)
 
     # While it runs.
 
@@ -232,7 +257,7 @@ class RunDirectory:
         main = self._process("pid")
         if main is None:
             raise LauncherUnavailable(f"{self.runner_id} is just being started")
-        if (self.path / "exit").exists() or not main.alive:
+        if self._end() or not main.alive:
             return
         (self.path / "stop").touch()
         if not kill:
@@ -254,23 +279,20 @@ class RunDirectory:
             log.note()
             truncated = log.trim(log_max)
         oom_killed = self._group().oom_kills() > 0
-        try:
-            kind, number, *_ = (self.path / "exit").read_text().split()
-            code = int(number)
-            finished_at = (self.path / "exit").stat().st_mtime
-        except (FileNotFoundError, ValueError):
-            text = "its shim was killed, so how it ended is unknown"
+        end = self._end()
+        if end is None:
+            text = "how it ended is unknown: its shim was killed, or could not note it"
             return Exited(Exit(message=text, oom_killed=oom_killed, log_truncated=truncated))
         deadline = (self.path / "deadline").exists()
         return Exited(
             Exit(
-                code=code if kind == "exit" else None,
-                signal=_signal_name(code) if kind == "signal" else None,
+                code=end.code,
+                signal=end.signal,
                 oom_killed=oom_killed,
                 reason=Reason.DEADLINE_EXCEEDED if deadline else None,
                 message="ran into its deadline while the service was away" if deadline else None,
                 stopped=(self.path / "stop").exists(),
-                finished_at=finished_at,
+                finished_at=end.finished_at,
                 log_truncated=truncated,
             )
         )
@@ -348,12 +370,21 @@ class RunDirectory:
         """Give its processes; by their numbers only where these mean what they meant to its shim."""
         with contextlib.suppress(OSError):
             if self._about().get("numbering") == process_tree.numbering():
-                return Tree(self.runner_id, self._process("pid"), self._process("claim"), self._group(), self._ended_at())
+                end = self._end()
+                ended_at = end.ticks if end else None
+                return Tree(self.runner_id, self._process("pid"), self._process("claim"), self._group(), ended_at)
         return Tree(self.runner_id, None, None, self._group())
 
-    def _ended_at(self) -> int | None:
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            return process_tree.ticks((self.path / "exit").read_text().split()[2])
+    def _end(self) -> _End | None:
+        """Read what the shim has noted of the end; None if it has not."""
+        with contextlib.suppress(OSError, ValueError):
+            how, number, uptime, *_ = (self.path / "exit").read_text().replace("\0", " ").split()
+            return _End(
+                code=int(number) if how == "exit" else None,
+                signal=_signal_name(int(number)) if how == "signal" else None,
+                ticks=process_tree.ticks(uptime),
+                finished_at=(self.path / "exit").stat().st_mtime,
+            )
         return None
 
 

@@ -10,7 +10,8 @@
 #   claim   "PID STARTTIME" of the shim, created exclusively: of several shims started for one runner, one goes on
 #   cgroups lines of a name and a directory: the control groups that the runner, and not its shim, is in
 #   pid     "PID STARTTIME" of the runner's main process
-#   exit    "exit CODE UPTIME" or "signal NUMBER UPTIME", written last; the time, in seconds since boot, is that of the end
+#   exit    "exit CODE UPTIME" or "signal NUMBER UPTIME", written last, over what keeps the room for it on the
+#           disk; the time, in seconds since boot, is that of the end
 #   deadline  created when this shim, and not the service, ended the runner because DEADLINE seconds had passed
 #
 # POSIX shell for its size: 0.1 MB of private memory each. In a function, so that all of it is read before it runs
@@ -81,7 +82,8 @@ main() {
     *Done* | *Exit*) signal=0 ;;
     *) signal=$((code - 128)) ;; # not above 0 where a full disk swallowed the trace: then it was an exit after all
   esac
-  if [ "$signal" -gt 0 ]; then echo "signal $signal $ended" >"$dir/exit"; else echo "exit $code $ended" >"$dir/exit"; fi
+  if [ "$signal" -gt 0 ]; then end="signal $signal"; else end="exit $code"; fi
+  echo "$end $ended" 1<>"$dir/exit"
 }
 
 main "$@"
