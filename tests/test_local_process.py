@@ -26,6 +26,12 @@ while not os.path.exists("go"): time.sleep(0.01)
 """
 """It keeps the session, and leaves the process group, its environment and its parent behind."""
 
+ENDS_ITS_FIRST_THREAD = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(1000,)).start()
+ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[__import__("platform").machine()], 0)
+"""
+
 
 @pytest.fixture
 async def launcher(tmp_path: Path) -> AsyncIterator[LocalProcessLauncher]:
@@ -168,6 +174,18 @@ async def test_a_runner_that_took_long_to_start_runs_once_it_has(
         assert await later.observe([handle]) == {runner_id: Starting()}
         (place / "not yet").rename(place / "pid")
         assert await later.observe([handle]) == {runner_id: Running()}
+
+
+async def test_a_runner_whose_first_thread_has_ended_lives_and_can_be_stopped(
+    launcher: LocalProcessLauncher, tmp_path: Path, runner_id: str
+) -> None:
+    handle = await launcher.launch(runner_id, spec(tmp_path, runner_id, sys.executable, "-c", ENDS_ITS_FIRST_THREAD))
+    assert handle.pid
+    await until(lambda: stat(handle.pid or 0)[0] == "Z")
+    assert await launcher.observe([handle]) == {runner_id: Running()}
+    await launcher.stop(handle, 0)
+    end = await ended(launcher, handle)
+    assert (end.signal, end.stopped) == ("SIGKILL", True)
 
 
 async def test_what_is_left_in_a_runners_session_ends_with_it_also_without_a_group(

@@ -68,13 +68,11 @@ class Group:
                 with contextlib.suppress(OSError):
                     yield from map(int, (group / "cgroup.procs").read_text().split())
 
-    def kill(self) -> bool:
-        """Kill all that live in it; False where the kernel cannot do that in one go (before 5.14, or version 1)."""
+    def kill(self) -> None:
+        """Kill those that live in it in one go, where the kernel can (since 5.14, and not in version 1)."""
         if self.unified:
             with contextlib.suppress(OSError):
                 (self.unified / "cgroup.kill").write_text("1")
-                return True
-        return False
 
     def oom_kills(self) -> int:
         """Count the processes that the kernel killed in it for want of memory."""

@@ -120,9 +120,9 @@ class Tree:
         """Kill all, again and again until none is found; False if some still live after so long."""
         deadline = time.monotonic() + seconds
         while found := self.processes():
-            if not self.group.kill():
-                for process in found:
-                    process.kill(signal.SIGKILL)
+            self.group.kill()
+            for process in found:  # the kernel's kill of a group misses those whose first thread has ended
+                process.kill(signal.SIGKILL)
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.002)
@@ -155,7 +155,8 @@ def _row(pid: int) -> _Row | None:
     with contextlib.suppress(OSError):
         text = (PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
         fields = text.rpartition(") ")[2].split()
-        return _Row(pid, int(fields[1]), int(fields[3]), int(fields[19]), dead=fields[0] in "ZX")
+        dead = fields[0] in "ZX" and int(fields[17]) <= 1  # else its first thread has ended, and others have not
+        return _Row(pid, int(fields[1]), int(fields[3]), int(fields[19]), dead)
     return None
 
 
