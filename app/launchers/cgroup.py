@@ -218,7 +218,7 @@ def _try_home(base: Path) -> Path | None:
     home = base / HOME
     with contextlib.suppress(OSError):
         home.mkdir(exist_ok=True)
-        os.rmdir(tempfile.mkdtemp(prefix="probe-", dir=home))  # a name of its own: others may probe at the same time
+        Path(tempfile.mkdtemp(prefix="probe-", dir=home)).rmdir()  # a name of its own: others may probe now, too
         return home
     return None
 

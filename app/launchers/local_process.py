@@ -44,6 +44,8 @@ SHIM_SLACK_SECONDS = 2.0
 
 T = TypeVar("T")
 TRIM_SECONDS = 1.0
+KILL_SECONDS = 5.0
+"""How long a killed process may take to be gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,7 @@ class LocalProcessLauncher:
     async def stop(self, handle: Handle, grace: float) -> None:
         run = await self._find(handle.runner_id)
         if run and not run.ended:
-            await _in_thread(functools.partial(self._place(handle.runner_id).order_end, kill=grace <= 0))
+            _insist(await _until_gone(functools.partial(self._place(handle.runner_id).order_end, kill=grace <= 0)), handle)
 
     async def logs(
         self, handle: Handle, *, after: str | None = None, since: float | None = None, follow: bool = False
@@ -171,7 +173,7 @@ class LocalProcessLauncher:
         if run := self._runs.pop(handle.runner_id, None):
             run.ended = True
             _unwatch(run)
-        await _in_thread(self._place(handle.runner_id).remove)
+        _insist(await _until_gone(self._place(handle.runner_id).remove), handle)
 
     async def ping(self) -> None:
         if not await asyncio.to_thread(os.access, self._directory.parent, os.W_OK):
@@ -253,7 +255,7 @@ class LocalProcessLauncher:
         async with run.concluding:
             place = self._place(run.handle.runner_id)
             if run.end is None or not await _in_thread(place.path.exists):
-                run.end = await _in_thread(place.conclude, run.log_max)
+                run.end = await _until_gone(functools.partial(place.conclude, run.log_max))
             return run.end
 
     async def _trim(self) -> None:
@@ -297,6 +299,23 @@ async def _in_thread(call: Callable[..., T], *arguments: object, undo: Callable[
         raise
     except OSError as error:  # no files left, no memory, a disk that fails
         raise LauncherUnavailable(str(error), acted=False) from error
+
+
+async def _until_gone(kill: Callable[[], T]) -> T:
+    """Do what kills until it says that nothing lives any more, or KILL_SECONDS are over; gives its last word.
+
+    It waits here and not in a thread, of which there are few: what a failing disk keeps from dying holds up nobody else.
+    """
+    deadline, pause = time.monotonic() + KILL_SECONDS, 0.002
+    while not (gone := await _in_thread(kill)) and time.monotonic() < deadline:
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, 0.1)
+    return gone
+
+
+def _insist(gone: bool, handle: Handle) -> None:  # noqa: FBT001 - it is all there is to say
+    if not gone:
+        raise LauncherUnavailable(f"{handle.runner_id} has processes that do not die")
 
 
 def _close(start: _Start | None) -> None:

@@ -2,7 +2,7 @@
 
 Where the runner has a control group, what is in it belongs to it. Elsewhere a process belongs if its environment says so
 (children inherit ``RUNNER_ID``), if it is in the session of the runner's main process, or if its parent belongs; one that
-clears its environment, leaves the session and outlives its parent escapes that. Numbers of processes, and so of sessions, are
+clears its environment, leaves the session and outlives its parent escapes that. Numbers of processes and of sessions are
 given anew: whose they are now has to be known surely, for what is found here is killed. Everything here blocks.
 """
 
@@ -10,7 +10,6 @@ import contextlib
 import functools
 import os
 import signal
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ PROC = Path("/proc")
 
 @functools.cache
 def numbering() -> str:
-    """Name what numbers processes here: this boot of the machine, and this namespace. Elsewhere their numbers mean nothing."""
+    """Name this boot of the machine, and this namespace of processes: elsewhere their numbers mean nothing."""
     return f"{(PROC / 'sys/kernel/random/boot_id').read_text().strip()} {(PROC / 'self/ns/pid').readlink()}"
 
 
@@ -91,11 +90,11 @@ class Tree:
     _owns_session: bool = False
 
     def owns_session(self, members: Iterable[_Row]) -> bool:
-        """Say whether the session that bears the main process's number is the runner's, and not of one that has the number now.
+        """Say whether the session with the main process's number is the runner's, and not of who was given the number since.
 
-        The kernel keeps a number from others as long as its process is not reaped, or the session has a member. So the session
-        is the runner's if the main process is there, or a member that began before it ended: it can have been born into no
-        other. Once known, this holds for the moment that a kill takes, where the killed go one after the other.
+        The kernel gives no number anew while its process is not reaped, or its session has a member. So the session is the
+        runner's if the main process is there, or a member that began before that ended: it was born into no other. Once
+        known, this holds for the moment that a kill takes, where the killed go one after the other.
         """
         main, end = self.main, self.ended_at or 0
         if main and not self._owns_session:
@@ -116,17 +115,13 @@ class Tree:
         for process in sorted(self.processes(), key=lambda process: process != self.main):
             process.kill(number)
 
-    def kill(self, seconds: float = 5) -> bool:
-        """Kill all, again and again until none is found; False if some still live after so long."""
-        deadline = time.monotonic() + seconds
-        while found := self.processes():
+    def kill(self) -> bool:
+        """Kill all that live; True if none did. What was killed takes a moment to be gone, so it is to be done again."""
+        if found := self.processes():
             self.group.kill()
             for process in found:  # the kernel's kill of a group misses those whose first thread has ended
                 process.kill(signal.SIGKILL)
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.002)
-        return True
+        return not found
 
 
 def _search(tree: Tree) -> list[Process]:

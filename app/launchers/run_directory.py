@@ -5,6 +5,7 @@ Everything here blocks, and looks at files and the kernel alone, so any process 
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import pwd
@@ -14,7 +15,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +27,6 @@ from app.launchers.cgroup import Cgroups, Group
 from app.launchers.process_tree import Process, Tree
 from app.logs import LogFile
 from app.reason import Reason
-
-KILL_SECONDS = 5.0
-"""How long a killed process may take to be gone."""
-
 
 _END_ROOM = 63
 """How many bytes there are for the words of an end."""
@@ -249,27 +245,27 @@ class RunDirectory:
             isolation=about.get("isolation", "none"),
         )
 
-    def order_end(self, *, kill: bool) -> None:
+    def order_end(self, *, kill: bool) -> bool:
         """Send TERM to the whole tree, or kill it; notes first that the end, if it comes now, was ordered.
 
-        Nothing on a runner that has ended. Raises LauncherUnavailable.
+        Nothing on a runner that has ended. False while what was killed is not gone. Raises LauncherUnavailable.
         """
         main = self._process("pid")
         if main is None:
             raise LauncherUnavailable(f"{self.runner_id} is just being started")
         if self._end() or not main.alive:
-            return
+            return True
         (self.path / "stop").touch()
-        if not kill:
-            self._tree().signal(signal.SIGTERM)
-        elif not self._tree().kill():
-            raise LauncherUnavailable(f"{self.runner_id} has processes that do not die")
+        if kill:
+            return self._tree.kill()
+        self._tree.signal(signal.SIGTERM)
+        return True
 
     # After the end of its shim.
 
     def conclude(self, log_max: int) -> Exited | Gone | None:
-        """Make sure that nothing lives, then say how it ended; None while something still does."""
-        if not self._tree().kill():
+        """Make sure that nothing lives, then say how it ended; None while something that was killed still does."""
+        if not self._tree.kill():
             return None
         if not (self.path / "about.json").exists():
             return Gone()
@@ -297,23 +293,20 @@ class RunDirectory:
             )
         )
 
-    def remove(self) -> None:
-        """Kill what lives and delete all that was made. Raises LauncherUnavailable.
+    def remove(self) -> bool:
+        """Kill what lives and delete all that was made; False while what was killed is not gone. Raises LauncherUnavailable.
 
         Claims the place first: a shim that a dead service had under way then finds it taken, or gone. Then the shim dies,
         and only then the tree: what starts nothing any more is killed for good.
         """
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             os.close(os.open(self.path / "claim", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        deadline = time.monotonic() + KILL_SECONDS
-        while self._shim_lives():
+        if self._shim_lives():
             if shim := self._process("claim"):
                 shim.kill(signal.SIGKILL)
-            if time.monotonic() > deadline:
-                raise LauncherUnavailable(f"the shim of {self.runner_id} does not die")
-            time.sleep(0.002)
-        if not self._tree().kill(KILL_SECONDS):
-            raise LauncherUnavailable(f"{self.runner_id} has processes that do not die")
+            return False
+        if not self._tree.kill():
+            return False
         self._group().remove()
         with contextlib.suppress(OSError, ValueError, KeyError):
             context = Path(self._about()["context"])
@@ -322,6 +315,7 @@ class RunDirectory:
         shutil.rmtree(self.path, ignore_errors=True)
         if self.path.exists():
             raise LauncherUnavailable(f"{self.path} cannot be removed")
+        return True
 
     def last_words(self) -> str:
         """What a shim that failed to start has said."""
@@ -332,7 +326,7 @@ class RunDirectory:
     # What lies here.
 
     def _about(self) -> dict[str, Any]:
-        """Read what was noted before the start; nothing where a power failure came before it was on the disk. Raises OSError."""
+        """Read what was noted before the start; nothing if a power failure has emptied the file. Raises OSError."""
         text = (self.path / "about.json").read_bytes()
         with contextlib.suppress(ValueError):
             if isinstance(about := json.loads(text), dict):
@@ -366,8 +360,9 @@ class RunDirectory:
             return Group.parse((self.path / "cgroups").read_text())
         return cgroup.probed().group(self.runner_id, *cgroup.CONTROLLERS)
 
+    @functools.cached_property
     def _tree(self) -> Tree:
-        """Give its processes; by their numbers only where these mean what they meant to its shim."""
+        """Its processes; by their numbers only where these mean what they meant to its shim."""
         with contextlib.suppress(OSError):
             if self._about().get("numbering") == process_tree.numbering():
                 end = self._end()

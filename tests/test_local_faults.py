@@ -1,4 +1,4 @@
-"""Local runners after what no other engine knows: numbers given anew, files that a power failure or a full disk has emptied."""
+"""Local runners meet what others do not: numbers that are given anew, files that are emptied, processes that do not die."""
 
 import asyncio
 import json
@@ -6,13 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from pathlib import Path
 
 import pytest
-from conftest import until
+from conftest import read, until
 
+from app.errors import LauncherUnavailable
 from app.launcher import Exit, Exited, Handle, LaunchSpec, Running, Starting
 from app.launchers.local_process import LocalProcessLauncher
 
@@ -53,6 +56,21 @@ def runner_id() -> str:
 
 
 @pytest.fixture
+def freezer(runner_id: str) -> Iterator[Path]:
+    """A control group of version 1 that keeps what is in it from dying, as a failing disk does."""
+    group = Path("/sys/fs/cgroup/freezer") / f"test-{runner_id}"
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("this user may freeze no processes on this machine, so all of them can be killed")
+    yield group
+    (group / "freezer.state").write_text("THAWED")
+    while read(group / "cgroup.procs"):
+        time.sleep(0.01)
+    group.rmdir()
+
+
+@pytest.fixture
 def daemons() -> Iterator[list[int]]:
     """Whoever is told of here is killed at last."""
     pids: list[int] = []
@@ -76,11 +94,13 @@ async def ended(launcher: LocalProcessLauncher, handle: Handle) -> Exit:
         seen = (await launcher.observe([handle])).get(handle.runner_id)
         return seen if isinstance(seen, Exited) else None
 
-    return (await until(end)).exit
+    seen = await until(end)
+    assert seen
+    return seen.exit
 
 
 def stat(pid: int) -> list[str]:
-    """The fields of a process from its state on: state, parent, group, session, ..., the start at 19; empty if it is gone."""
+    """The fields of a process: state, parent, group, session, ..., the start at 19; none if it is gone."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     return []
@@ -91,9 +111,9 @@ def lives(pid: int) -> bool:
 
 
 def daemon_of_a_dead_leader() -> tuple[int, int]:
-    """Start a stranger as many daemons are: its session's leader has ended. Gives the session's number, and the stranger's."""
+    """Start a stranger whose session's leader has ended, like many a daemon; gives the numbers of both."""
     script = "sleep 1000 >/dev/null & echo $$ $!"
-    told = subprocess.run(["setsid", "sh", "-c", script], stdout=subprocess.PIPE, check=True).stdout  # noqa: S607
+    told = subprocess.run(["setsid", "sh", "-c", script], stdout=subprocess.PIPE, check=True).stdout
     session, pid = map(int, told.split())
     return session, pid
 
@@ -186,6 +206,25 @@ async def test_a_runner_whose_first_thread_has_ended_lives_and_can_be_stopped(
     await launcher.stop(handle, 0)
     end = await ended(launcher, handle)
     assert (end.signal, end.stopped) == ("SIGKILL", True)
+
+
+async def test_a_runner_that_does_not_die_holds_up_no_thread(
+    launcher: LocalProcessLauncher, tmp_path: Path, place: Path, runner_id: str, freezer: Path
+) -> None:
+    handle = await launcher.launch(runner_id, spec(tmp_path, runner_id, "sleep", "1000"))
+    (freezer / "cgroup.procs").write_text(str(handle.pid))
+    (freezer / "freezer.state").write_text("FROZEN")
+    await until(lambda: read(freezer / "freezer.state") == "FROZEN\n")
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    stop = asyncio.create_task(launcher.stop(handle, 0))
+    await until((place / "stop").exists)
+    await asyncio.to_thread(len, "")
+    await asyncio.sleep(0.1)  # a thread that the stop has just left free would be no proof: it would have ended
+    assert not stop.done()
+    with pytest.raises(LauncherUnavailable, match="do not die"):
+        await stop
+    (freezer / "freezer.state").write_text("THAWED")
+    assert (await ended(launcher, handle)).signal == "SIGKILL"
 
 
 async def test_what_is_left_in_a_runners_session_ends_with_it_also_without_a_group(
