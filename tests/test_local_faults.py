@@ -6,14 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import read, until
+from engines import needs_root
 
 from app.errors import LauncherUnavailable
 from app.launcher import Exit, Exited, Handle, LaunchSpec, Running, Starting
@@ -225,6 +228,22 @@ async def test_a_runner_that_does_not_die_holds_up_no_thread(
         await stop
     (freezer / "freezer.state").write_text("THAWED")
     assert (await ended(launcher, handle)).signal == "SIGKILL"
+
+
+@needs_root("only root can start a process as another user")
+async def test_what_another_user_is_told_is_not_left_by_a_launch_that_a_crash_has_cut_short(
+    launcher: LocalProcessLauncher, tmp_path: Path, place: Path, runner_id: str
+) -> None:
+    as_nobody = replace(spec(tmp_path, runner_id, "cat", "/dev/null"), working_dir="/", options={"user": "nobody"})
+    await ended(launcher, await launcher.launch(runner_id, as_nobody))
+    for name in ("about.json", "claim", "pid", "exit"):  # as if the service had died before it noted what it had made
+        (place / name).unlink()
+    async with aclosing(LocalProcessLauncher(tmp_path / "runners")) as later:
+        handle = await later.launch(runner_id, as_nobody)
+        assert list(Path(tempfile.gettempdir()).glob(f"{runner_id}*"))
+        assert (await ended(later, handle)).code == 0
+        await later.remove(handle)
+    assert not list(Path(tempfile.gettempdir()).glob(f"{runner_id}*"))
 
 
 async def test_what_is_left_in_a_runners_session_ends_with_it_also_without_a_group(

@@ -123,6 +123,13 @@ class RunDirectory:
         """Whose directory it is."""
         return self.path.name
 
+    @property
+    def _handed_over(self) -> Path:
+        """Where a runner that is another user finds what it is told: as noted, and before it is, by a name that is known."""
+        with contextlib.suppress(OSError, KeyError):
+            return Path(self._about()["handed_over"])
+        return Path(tempfile.gettempdir(), f"{self.runner_id}-context")
+
     # Before the start.
 
     def prepare(self, spec: LaunchSpec, cgroups: Cgroups, node: str) -> Prepared | None:
@@ -149,9 +156,9 @@ class RunDirectory:
             about = {
                 "labels": dict(spec.labels),
                 "log_max": spec.log_max_mib << 20,
+                "handed_over": str(self._handed_over),
                 "numbering": process_tree.numbering(),
                 "node": node,
-                "context": str(context),
                 "cpu": enforced.cpu,
                 "memory_mib": enforced.memory_mib,
                 "isolation": "user" if account else "none",
@@ -178,9 +185,10 @@ class RunDirectory:
             self._write("context.json", spec.context)
             context = self.path / "context.json"
             return context, {**_home(account), **spec.environment, "TASK_CONTEXT_FILE": str(context)}
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            shutil.rmtree(Path(self._about()["context"]).parent)
-        context = Path(tempfile.mkdtemp(prefix=f"{self.runner_id}-")) / "context.json"
+        context = self._handed_over / "context.json"
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self._handed_over)  # of a launch that was not finished
+        self._handed_over.mkdir(mode=0o700)
         environment = {**_home(account), **spec.environment, "TASK_CONTEXT_FILE": str(context)}
         exports = "".join(f"command export {name}={shlex.quote(value)}\n" for name, value in environment.items())
         told = {context: spec.context, context.with_name(_ENVIRONMENT): os.fsencode(exports)}
@@ -308,10 +316,7 @@ class RunDirectory:
         if not self._tree.kill():
             return False
         self._group().remove()
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            context = Path(self._about()["context"])
-            if context.parent != self.path:
-                shutil.rmtree(context.parent)
+        shutil.rmtree(self._handed_over, ignore_errors=True)
         shutil.rmtree(self.path, ignore_errors=True)
         if self.path.exists():
             raise LauncherUnavailable(f"{self.path} cannot be removed")
