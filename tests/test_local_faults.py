@@ -246,6 +246,18 @@ async def test_what_another_user_is_told_is_not_left_by_a_launch_that_a_crash_ha
     assert not list(Path(tempfile.gettempdir()).glob(f"{runner_id}*"))
 
 
+async def test_whoever_cancels_a_close_finds_it_cancelled(tmp_path: Path, runner_id: str) -> None:
+    launcher = LocalProcessLauncher(tmp_path / "runners")
+    handle = await launcher.launch(runner_id, spec(tmp_path, runner_id, "true"))
+    await ended(launcher, handle)
+    await launcher.remove(handle)
+    closing = asyncio.create_task(launcher.aclose())
+    await asyncio.sleep(0)  # it waits for its own task now
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+
+
 async def test_what_is_left_in_a_runners_session_ends_with_it_also_without_a_group(
     launcher: LocalProcessLauncher, tmp_path: Path, place: Path, runner_id: str, daemons: list[int]
 ) -> None:

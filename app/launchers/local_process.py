@@ -197,15 +197,14 @@ class LocalProcessLauncher:
 
     async def aclose(self) -> None:
         self._changed.put_nowait(None)
-        if self._trimmer:
-            self._trimmer.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._trimmer
-            self._trimmer = None
         for run in self._runs.values():
             run.ended = True  # ends followers; the runner itself lives on
             _unwatch(run)
         self._runs.clear()
+        if trimmer := self._trimmer:
+            self._trimmer = None
+            trimmer.cancel()
+            await asyncio.gather(trimmer, return_exceptions=True)
 
     def _place(self, runner_id: str) -> RunDirectory:
         return RunDirectory(self._directory / runner_id)
