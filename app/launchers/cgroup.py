@@ -56,11 +56,6 @@ class Group:
         """Every directory that the runner joins."""
         return [*([self.unified] if self.unified else []), *self.legacy.values()]
 
-    @property
-    def empty(self) -> bool:
-        """Whether nothing lives in it."""
-        return not any(True for _ in self.processes())
-
     def processes(self) -> Iterator[int]:
         """Give the numbers of the processes in it; subgroups that the runner made are its own."""
         for directory in self.directories[:1]:
