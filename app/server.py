@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 from typing_extensions import override
 
+from app import open_files
 from app.connection import Connection
 from app.errors import ConfigurationError
 from app.main import create_app
@@ -47,6 +48,7 @@ class _Server(uvicorn.Server):
 
 async def serve_until_told(settings: Settings, create: Callable[..., FastAPI] = create_app) -> None:
     """Serve an application until a signal ends it. Raises ConfigurationError."""
+    open_files.raise_limit()
     _watch_processes_without_threads()
     listener = _listen(settings)
     host, port = listener.getsockname()[:2]

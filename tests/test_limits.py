@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,12 @@ def _limits_exist() -> None:
         assert version() in VERSIONS
     elif version() == "none":
         pytest.skip("this user may make no control groups with limits on this machine")
+
+
+def test_whoever_probes_at_the_same_time_finds_the_same() -> None:
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: cgroup.Cgroups.probe(), range(400)))
+    assert [each for each in found if each != cgroup.probed()] == []
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -55,11 +56,6 @@ class Group:
         """Every directory that the runner joins."""
         return [*([self.unified] if self.unified else []), *self.legacy.values()]
 
-    @property
-    def empty(self) -> bool:
-        """Whether nothing lives in it."""
-        return not any(True for _ in self.processes())
-
     def processes(self) -> Iterator[int]:
         """Give the numbers of the processes in it; subgroups that the runner made are its own."""
         for directory in self.directories[:1]:
@@ -67,13 +63,11 @@ class Group:
                 with contextlib.suppress(OSError):
                     yield from map(int, (group / "cgroup.procs").read_text().split())
 
-    def kill(self) -> bool:
-        """Kill all that live in it; False where the kernel cannot do that in one go (before 5.14, or version 1)."""
+    def kill(self) -> None:
+        """Kill those that live in it in one go, where the kernel can (since 5.14, and not in version 1)."""
         if self.unified:
             with contextlib.suppress(OSError):
                 (self.unified / "cgroup.kill").write_text("1")
-                return True
-        return False
 
     def oom_kills(self) -> int:
         """Count the processes that the kernel killed in it for want of memory."""
@@ -219,9 +213,7 @@ def _try_home(base: Path) -> Path | None:
     home = base / HOME
     with contextlib.suppress(OSError):
         home.mkdir(exist_ok=True)
-        probe = home / f"probe-{os.getpid()}"
-        probe.mkdir()
-        probe.rmdir()
+        Path(tempfile.mkdtemp(prefix="probe-", dir=home)).rmdir()  # a name of its own: others may probe now, too
         return home
     return None
 

@@ -28,6 +28,7 @@ from typing import BinaryIO, TypeVar
 
 from pydantic import JsonValue
 
+from app import open_files
 from app.errors import LauncherUnavailable, LaunchRejected, RunnerGone
 from app.launcher import Exited, Found, Gone, Handle, LaunchSpec, LogLine, Observation, Running, Starting
 from app.launchers import cgroup
@@ -43,7 +44,8 @@ SHIM_SLACK_SECONDS = 2.0
 
 T = TypeVar("T")
 TRIM_SECONDS = 1.0
-_START_SECONDS = 10.0
+KILL_SECONDS = 5.0
+"""How long a killed process may take to be gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +76,20 @@ class _Run:
 
 
 class LocalProcessLauncher:
-    """Starts runners as local processes under ``directory``, which must be on a local file system."""
+    """Starts runners as local processes under ``directory``, which must be on a local file system. Opening it blocks.
 
-    def __init__(self, directory: Path) -> None:
+    A shim is given ``start_seconds`` to start its runner before anybody is told that it has not yet.
+    """
+
+    def __init__(self, directory: Path, start_seconds: float = 10) -> None:
         self._directory = directory
+        self._start_seconds = start_seconds
         self._runs: dict[str, _Run] = {}
         self._changed: asyncio.Queue[str | None] = asyncio.Queue()
         self._trimmer: asyncio.Task[None] | None = None
         self._node = socket.gethostname()
+        cgroup.probed()  # now, and not by many launches at once
+        self._open_files = open_files.raise_limit()  # what runners may have
 
     async def launch(
         self,
@@ -95,7 +103,7 @@ class LocalProcessLauncher:
         try:
             if start:
                 with contextlib.closing(start):
-                    await _start_shim(start, spec.working_dir)
+                    await _start_shim(start, spec.working_dir, self._start_seconds)
             return (await self._launched(place)).handle
         except LauncherUnavailable as error:
             error.acted = True  # there is a run directory, and maybe a shim that lives
@@ -110,15 +118,26 @@ class LocalProcessLauncher:
 
     async def observe(self, handles: Sequence[Handle]) -> Mapping[str, Observation]:
         seen: dict[str, Observation] = {}
+        failure = None
         for handle in handles:
-            run = await self._find(handle.runner_id)
-            if run is None:
-                seen[handle.runner_id] = Gone()
-            elif not run.ended:
-                seen[handle.runner_id] = Running() if run.handle.pid else Starting()
-            elif end := await self._conclude(run):
-                seen[handle.runner_id] = end
+            try:
+                if observation := await self._see(handle):
+                    seen[handle.runner_id] = observation
+            except LauncherUnavailable as error:  # its own files cannot be read, maybe: that is nothing to the others
+                failure = error
+        if failure and not seen:
+            raise failure
         return seen
+
+    async def _see(self, handle: Handle) -> Observation | None:
+        run = await self._find(handle.runner_id)
+        if run is None:
+            return Gone()
+        if run.ended:
+            return await self._conclude(run)
+        if run.handle.pid is None:  # it took long to start, and may have by now
+            run.handle = await _in_thread(self._place(handle.runner_id).handle)
+        return Running() if run.handle.pid else Starting()
 
     async def watch(self) -> AsyncIterator[str]:
         while (runner_id := await self._changed.get()) is not None:
@@ -128,7 +147,7 @@ class LocalProcessLauncher:
     async def stop(self, handle: Handle, grace: float) -> None:
         run = await self._find(handle.runner_id)
         if run and not run.ended:
-            await _in_thread(functools.partial(self._place(handle.runner_id).order_end, kill=grace <= 0))
+            _insist(await _until_gone(functools.partial(self._place(handle.runner_id).order_end, kill=grace <= 0)), handle)
 
     async def logs(
         self, handle: Handle, *, after: str | None = None, since: float | None = None, follow: bool = False
@@ -154,7 +173,7 @@ class LocalProcessLauncher:
         if run := self._runs.pop(handle.runner_id, None):
             run.ended = True
             _unwatch(run)
-        await _in_thread(self._place(handle.runner_id).remove)
+        _insist(await _until_gone(self._place(handle.runner_id).remove), handle)
 
     async def ping(self) -> None:
         if not await asyncio.to_thread(os.access, self._directory.parent, os.W_OK):
@@ -178,15 +197,14 @@ class LocalProcessLauncher:
 
     async def aclose(self) -> None:
         self._changed.put_nowait(None)
-        if self._trimmer:
-            self._trimmer.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._trimmer
-            self._trimmer = None
         for run in self._runs.values():
             run.ended = True  # ends followers; the runner itself lives on
             _unwatch(run)
         self._runs.clear()
+        if trimmer := self._trimmer:
+            self._trimmer = None
+            trimmer.cancel()
+            await asyncio.gather(trimmer, return_exceptions=True)
 
     def _place(self, runner_id: str) -> RunDirectory:
         return RunDirectory(self._directory / runner_id)
@@ -199,7 +217,7 @@ class LocalProcessLauncher:
         deadline = "-" if spec.run_timeout_seconds is None else f"{spec.run_timeout_seconds + SHIM_SLACK_SECONDS:.3f}"
         grace = f"{spec.stop_grace_seconds:.3f}"
         setsid, sleep = _tool("setsid"), _tool("sleep")
-        shim = (setsid, _shell(), str(SHIM), str(place.path), deadline, grace, _raise_open_files(), setsid, sleep)
+        shim = (setsid, _shell(), str(SHIM), str(place.path), deadline, grace, self._open_files, setsid, sleep)
         command = (*shim, *_with_default_signals(), *prepared.prefix, *(spec.command or ()))
         return _Start(command, prepared.environment, prepared.directory, prepared.log)
 
@@ -207,7 +225,7 @@ class LocalProcessLauncher:
         """Give a runner that was started by whomever, watched from now on; None if none was."""
         if run := self._runs.get(runner_id):
             return run
-        deadline = time.monotonic() + _START_SECONDS
+        deadline = time.monotonic() + self._start_seconds
         while True:
             look = await _in_thread(self._place(runner_id).look, undo=_close_fifo)
             if look is None or runner_id in self._runs:
@@ -236,7 +254,7 @@ class LocalProcessLauncher:
         async with run.concluding:
             place = self._place(run.handle.runner_id)
             if run.end is None or not await _in_thread(place.path.exists):
-                run.end = await _in_thread(place.conclude, run.log_max)
+                run.end = await _until_gone(functools.partial(place.conclude, run.log_max))
             return run.end
 
     async def _trim(self) -> None:
@@ -282,6 +300,23 @@ async def _in_thread(call: Callable[..., T], *arguments: object, undo: Callable[
         raise LauncherUnavailable(str(error), acted=False) from error
 
 
+async def _until_gone(kill: Callable[[], T]) -> T:
+    """Do what kills until it says that nothing lives any more, or KILL_SECONDS are over; gives its last word.
+
+    It waits here and not in a thread, of which there are few: what a failing disk keeps from dying holds up nobody else.
+    """
+    deadline, pause = time.monotonic() + KILL_SECONDS, 0.002
+    while not (gone := await _in_thread(kill)) and time.monotonic() < deadline:
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, 0.1)
+    return gone
+
+
+def _insist(gone: bool, handle: Handle) -> None:  # noqa: FBT001 - it is all there is to say
+    if not gone:
+        raise LauncherUnavailable(f"{handle.runner_id} has processes that do not die")
+
+
 def _close(start: _Start | None) -> None:
     if start:
         start.close()
@@ -292,7 +327,7 @@ def _close_fifo(look: Look | None) -> None:
         os.close(look.fifo)
 
 
-async def _start_shim(start: _Start, directory: str | None) -> None:
+async def _start_shim(start: _Start, directory: str | None, seconds: float) -> None:
     """Start a shim, and wait until it has started the runner or found that another shim did.
 
     The command begins with `setsid`, which forks because it is made a group's leader: the shim is nobody's child, needs no
@@ -312,11 +347,11 @@ async def _start_shim(start: _Start, directory: str | None) -> None:
             )
         finally:
             os.close(told)
-        async with asyncio.timeout(_START_SECONDS):
+        async with asyncio.timeout(seconds):
             await _readable(ready)
         await shim.wait()
     except TimeoutError as error:
-        raise LauncherUnavailable(f"the shim said nothing for {_START_SECONDS:g} s") from error
+        raise LauncherUnavailable(f"the shim said nothing for {seconds:g} s") from error
     except OSError as error:
         raise _start_error(error, directory) from error
     finally:
@@ -358,14 +393,6 @@ async def _readable(fd: int) -> None:
         await ready
     finally:
         loop.remove_reader(fd)
-
-
-@functools.cache
-def _raise_open_files() -> str:
-    """Let this process hold as many files as it may: one for every live runner; gives what runners shall have, as before."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
 
 
 @functools.cache

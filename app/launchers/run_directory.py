@@ -5,6 +5,7 @@ Everything here blocks, and looks at files and the kernel alone, so any process 
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import pwd
@@ -12,8 +13,8 @@ import secrets
 import shlex
 import shutil
 import signal
+import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +22,14 @@ from typing import Any, BinaryIO
 
 from app.errors import LauncherUnavailable, LaunchRejected
 from app.launcher import Enforcement, Exit, Exited, Found, Gone, Handle, LaunchSpec
-from app.launchers import cgroup
+from app.launchers import cgroup, process_tree
 from app.launchers.cgroup import Cgroups, Group
 from app.launchers.process_tree import Process, Tree
 from app.logs import LogFile
 from app.reason import Reason
 
-KILL_SECONDS = 5.0
-"""How long a killed process may take to be gone."""
-
+_END_ROOM = 63
+"""How many bytes there are for the words of an end."""
 
 _ENVIRONMENT = "environment.sh"
 _TAKES_ENVIRONMENT = ("/bin/sh", "-c", '. "$0" 2>/dev/null; exec "$@"')
@@ -101,6 +101,16 @@ class Look:
     log_max: int
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a main process ended, and when: in clock ticks since boot, and in seconds since the epoch."""
+
+    code: int | None
+    signal: str | None
+    ticks: int
+    finished_at: float
+
+
 class RunDirectory:
     """One runner's directory."""
 
@@ -112,6 +122,13 @@ class RunDirectory:
     def runner_id(self) -> str:
         """Whose directory it is."""
         return self.path.name
+
+    @property
+    def _handed_over(self) -> Path:
+        """Where a runner that is another user finds what it is told: as noted, and before it is, by a name that is known."""
+        with contextlib.suppress(OSError, KeyError):
+            return Path(self._about()["handed_over"])
+        return Path(tempfile.gettempdir(), f"{self.runner_id}-context")
 
     # Before the start.
 
@@ -139,13 +156,15 @@ class RunDirectory:
             about = {
                 "labels": dict(spec.labels),
                 "log_max": spec.log_max_mib << 20,
+                "handed_over": str(self._handed_over),
+                "numbering": process_tree.numbering(),
                 "node": node,
-                "context": str(context),
                 "cpu": enforced.cpu,
                 "memory_mib": enforced.memory_mib,
                 "isolation": "user" if account else "none",
             }
             self._write("about.json", json.dumps(about).encode())
+            self._keep_room_for_the_end()
             with contextlib.suppress(FileExistsError):
                 os.mkfifo(self.path / "alive", 0o600)
             log = open(self.log, "ab", opener=_private)  # noqa: SIM115 - closed by whoever starts the shim
@@ -166,9 +185,10 @@ class RunDirectory:
             self._write("context.json", spec.context)
             context = self.path / "context.json"
             return context, {**_home(account), **spec.environment, "TASK_CONTEXT_FILE": str(context)}
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            shutil.rmtree(Path(self._about()["context"]).parent)
-        context = Path(tempfile.mkdtemp(prefix=f"{self.runner_id}-")) / "context.json"
+        context = self._handed_over / "context.json"
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self._handed_over)  # of a launch that was not finished
+        self._handed_over.mkdir(mode=0o700)
         environment = {**_home(account), **spec.environment, "TASK_CONTEXT_FILE": str(context)}
         exports = "".join(f"command export {name}={shlex.quote(value)}\n" for name, value in environment.items())
         told = {context: spec.context, context.with_name(_ENVIRONMENT): os.fsencode(exports)}
@@ -186,6 +206,17 @@ class RunDirectory:
             file.write(data)
         fresh.rename(self.path / name)
 
+    def _keep_room_for_the_end(self) -> None:
+        """Let the shim note the end in a block that is there already: the disk may be full by then.
+
+        A shim that a dead service had under way may be writing it just now, before this byte.
+        """
+        file = os.open(self.path / "exit", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(file, b"\n", _END_ROOM)
+        finally:
+            os.close(file)
+
     # While it runs.
 
     def look(self) -> Look | None:
@@ -199,46 +230,50 @@ class RunDirectory:
                 fifo = self._open_fifo()  # a shim opens it before it claims, so now the answer is final
         except FileNotFoundError:
             return None
-        return Look(fifo, self._handle(about), about["log_max"])
+        return Look(fifo, self._handle_of(about), about.get("log_max", sys.maxsize))
 
     def found(self) -> Found | None:
         """Say what was launched here, and with which labels; None if this is no whole run directory."""
         with contextlib.suppress(OSError, ValueError, KeyError):
             about = self._about()
-            return Found(self._handle(about), about["labels"], (self.path / "about.json").stat().st_mtime)
+            return Found(self._handle_of(about), about["labels"], (self.path / "about.json").stat().st_mtime)
         return None
 
-    def _handle(self, about: dict[str, Any]) -> Handle:
+    def handle(self) -> Handle:
+        """Give the handle as it is by now. Raises OSError."""
+        return self._handle_of(self._about())
+
+    def _handle_of(self, about: dict[str, Any]) -> Handle:
         main = self._process("pid")
         return Handle(
             runner_id=self.runner_id,
             pid=main.pid if main else None,
-            node=about["node"],
-            enforced_by=Enforcement(cpu=about["cpu"], memory_mib=about["memory_mib"]),
-            isolation=about["isolation"],
+            node=about.get("node"),
+            enforced_by=Enforcement(cpu=about.get("cpu", "none"), memory_mib=about.get("memory_mib", "none")),
+            isolation=about.get("isolation", "none"),
         )
 
-    def order_end(self, *, kill: bool) -> None:
+    def order_end(self, *, kill: bool) -> bool:
         """Send TERM to the whole tree, or kill it; notes first that the end, if it comes now, was ordered.
 
-        Nothing on a runner that has ended. Raises LauncherUnavailable.
+        Nothing on a runner that has ended. False while what was killed is not gone. Raises LauncherUnavailable.
         """
         main = self._process("pid")
         if main is None:
             raise LauncherUnavailable(f"{self.runner_id} is just being started")
-        if (self.path / "exit").exists() or not main.alive:
-            return
+        if self._end() or not main.alive:
+            return True
         (self.path / "stop").touch()
-        if not kill:
-            self._tree().signal(signal.SIGTERM)
-        elif not self._tree().kill():
-            raise LauncherUnavailable(f"{self.runner_id} has processes that do not die")
+        if kill:
+            return self._tree.kill()
+        self._tree.signal(signal.SIGTERM)
+        return True
 
     # After the end of its shim.
 
     def conclude(self, log_max: int) -> Exited | Gone | None:
-        """Make sure that nothing lives, then say how it ended; None while something still does."""
-        if not self._tree().kill():
+        """Make sure that nothing lives, then say how it ended; None while something that was killed still does."""
+        if not self._tree.kill():
             return None
         if not (self.path / "about.json").exists():
             return Gone()
@@ -248,51 +283,44 @@ class RunDirectory:
             log.note()
             truncated = log.trim(log_max)
         oom_killed = self._group().oom_kills() > 0
-        try:
-            kind, number = (self.path / "exit").read_text().split()
-            finished_at = (self.path / "exit").stat().st_mtime
-        except (FileNotFoundError, ValueError):
-            text = "its shim was killed, so how it ended is unknown"
+        end = self._end()
+        if end is None:
+            text = "how it ended is unknown: its shim was killed, or could not note it"
             return Exited(Exit(message=text, oom_killed=oom_killed, log_truncated=truncated))
         deadline = (self.path / "deadline").exists()
         return Exited(
             Exit(
-                code=int(number) if kind == "exit" else None,
-                signal=_signal_name(int(number)) if kind == "signal" else None,
+                code=end.code,
+                signal=end.signal,
                 oom_killed=oom_killed,
                 reason=Reason.DEADLINE_EXCEEDED if deadline else None,
                 message="ran into its deadline while the service was away" if deadline else None,
                 stopped=(self.path / "stop").exists(),
-                finished_at=finished_at,
+                finished_at=end.finished_at,
                 log_truncated=truncated,
             )
         )
 
-    def remove(self) -> None:
-        """Kill what lives and delete all that was made. Raises LauncherUnavailable.
+    def remove(self) -> bool:
+        """Kill what lives and delete all that was made; False while what was killed is not gone. Raises LauncherUnavailable.
 
         Claims the place first: a shim that a dead service had under way then finds it taken, or gone. Then the shim dies,
         and only then the tree: what starts nothing any more is killed for good.
         """
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             os.close(os.open(self.path / "claim", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        deadline = time.monotonic() + KILL_SECONDS
-        while self._shim_lives():
+        if self._shim_lives():
             if shim := self._process("claim"):
                 shim.kill(signal.SIGKILL)
-            if time.monotonic() > deadline:
-                raise LauncherUnavailable(f"the shim of {self.runner_id} does not die")
-            time.sleep(0.002)
-        if not self._tree().kill(KILL_SECONDS):
-            raise LauncherUnavailable(f"{self.runner_id} has processes that do not die")
+            return False
+        if not self._tree.kill():
+            return False
         self._group().remove()
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            context = Path(self._about()["context"])
-            if context.parent != self.path:
-                shutil.rmtree(context.parent)
+        shutil.rmtree(self._handed_over, ignore_errors=True)
         shutil.rmtree(self.path, ignore_errors=True)
         if self.path.exists():
             raise LauncherUnavailable(f"{self.path} cannot be removed")
+        return True
 
     def last_words(self) -> str:
         """What a shim that failed to start has said."""
@@ -303,8 +331,12 @@ class RunDirectory:
     # What lies here.
 
     def _about(self) -> dict[str, Any]:
-        about = json.loads((self.path / "about.json").read_bytes())
-        return about if isinstance(about, dict) else {}
+        """Read what was noted before the start; nothing if a power failure has emptied the file. Raises OSError."""
+        text = (self.path / "about.json").read_bytes()
+        with contextlib.suppress(ValueError):
+            if isinstance(about := json.loads(text), dict):
+                return about
+        return {}
 
     def _open_fifo(self) -> int:
         try:
@@ -333,8 +365,27 @@ class RunDirectory:
             return Group.parse((self.path / "cgroups").read_text())
         return cgroup.probed().group(self.runner_id, *cgroup.CONTROLLERS)
 
+    @functools.cached_property
     def _tree(self) -> Tree:
-        return Tree(self.runner_id, self._process("pid"), self._process("claim"), self._group())
+        """Its processes; by their numbers only where these mean what they meant to its shim."""
+        with contextlib.suppress(OSError):
+            if self._about().get("numbering") == process_tree.numbering():
+                end = self._end()
+                ended_at = end.ticks if end else None
+                return Tree(self.runner_id, self._process("pid"), self._process("claim"), self._group(), ended_at)
+        return Tree(self.runner_id, None, None, self._group())
+
+    def _end(self) -> _End | None:
+        """Read what the shim has noted of the end; None if it has not."""
+        with contextlib.suppress(OSError, ValueError):
+            how, number, uptime, *_ = (self.path / "exit").read_text().replace("\0", " ").split()
+            return _End(
+                code=int(number) if how == "exit" else None,
+                signal=_signal_name(int(number)) if how == "signal" else None,
+                ticks=process_tree.ticks(uptime),
+                finished_at=(self.path / "exit").stat().st_mtime,
+            )
+        return None
 
 
 def _private(path: str, flags: int) -> int:

@@ -10,7 +10,8 @@
 #   claim   "PID STARTTIME" of the shim, created exclusively: of several shims started for one runner, one goes on
 #   cgroups lines of a name and a directory: the control groups that the runner, and not its shim, is in
 #   pid     "PID STARTTIME" of the runner's main process
-#   exit    "exit CODE" or "signal NUMBER", written last
+#   exit    "exit CODE UPTIME" or "signal NUMBER UPTIME", written last, over what keeps the room for it on the
+#           disk; the time, in seconds since boot, is that of the end
 #   deadline  created when this shim, and not the service, ended the runner because DEADLINE seconds had passed
 #
 # POSIX shell for its size: 0.1 MB of private memory each. In a function, so that all of it is read before it runs
@@ -58,7 +59,11 @@ main() {
   timer=
   if [ "$deadline" != - ]; then
     "$setsid" /bin/sh -c '
-      "$5" "$1"; : >"$4/deadline"; kill -15 "-$3"; "$5" "$2"; kill -9 "-$3"
+      lives() { # and nobody else has its number, should this shim have been killed
+        read -r _ start <"$2/pid" && read -r stat <"/proc/$1/stat" && set -- ${stat##*) } && [ "${20}" = "$start" ]
+      }
+      "$5" "$1"; lives "$3" "$4" || exit
+      : >"$4/deadline"; kill -15 "-$3"; "$5" "$2"; lives "$3" "$4" && kill -9 "-$3"
     ' timer "$deadline" "$grace" "$pid" "$dir" "$sleep" 9<&- &
     timer=$!
   fi
@@ -66,6 +71,7 @@ main() {
   # `wait` alone tells of the end without a race. It says 137 for a kill and for `exit 137` alike; `jobs` knows which.
   wait "$pid"
   code=$?
+  read -r ended _ </proc/uptime
   LC_ALL=C
   [ -s "$dir/how" ] || jobs -l %1 >"$dir/how"
   kill -9 "-$pid"
@@ -76,7 +82,8 @@ main() {
     *Done* | *Exit*) signal=0 ;;
     *) signal=$((code - 128)) ;; # not above 0 where a full disk swallowed the trace: then it was an exit after all
   esac
-  if [ "$signal" -gt 0 ]; then echo "signal $signal" >"$dir/exit"; else echo "exit $code" >"$dir/exit"; fi
+  if [ "$signal" -gt 0 ]; then end="signal $signal"; else end="exit $code"; fi
+  echo "$end $ended" 1<>"$dir/exit"
 }
 
 main "$@"

@@ -1,5 +1,6 @@
 """Local processes keep the contract. What is true is read from /proc and from files, not from the launcher."""
 
+import asyncio
 import os
 import resource
 import shutil
@@ -57,7 +58,7 @@ class LocalHarness:
         return LaunchSpec(command=command, environment=environment, context=b"{}", working_dir=str(self.slot))
 
     async def reopen(self) -> LocalProcessLauncher:
-        return LocalProcessLauncher(self.runs)
+        return await asyncio.to_thread(LocalProcessLauncher, self.runs)
 
     def impossible(self) -> Sequence[Impossible]:
         works, plain = self.spec(exits(0)), self.slot / "plain"
