@@ -9,10 +9,10 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from app.api import engines, events, gate, health, page, pools, problems, retention, runners, webhooks
-from app.api.answers import API_VERSION, describe
+from app.api.answers import API_VERSION, describe, known_parameters
 from app.api.auth import Authenticator
 from app.errors import ConfigurationError
 from app.events import Feed
@@ -133,8 +133,10 @@ def create_app(
     app.state.tracing = None
     app.add_middleware(gate.Gate, authenticator=app.state.authenticator, public_url=settings.public_url)
     problems.install(app)
-    for module in (runners, events, pools, engines, webhooks, retention, health, page):
-        app.include_router(module.router)
+    for module in (runners, events, pools, engines, webhooks, retention, health):
+        app.include_router(module.router, dependencies=[Depends(known_parameters)])
+    for free in (health.alive, page.router):
+        app.include_router(free)
     app.openapi = functools.partial(describe, app)  # type: ignore[method-assign] # FastAPI's own way
     return app
 

@@ -8,12 +8,11 @@ A pool can also come with a request, from somebody who may launch but does not o
 judged by what it may name before anything else of it is looked at: some keys read files.
 """
 
-import difflib
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fractions import Fraction
@@ -41,6 +40,7 @@ from app.errors import ConfigurationError, Fault, InvalidRequest
 from app.models import Identifier, Text
 from app.runner import Policy
 from app.settings import WebAddress
+from app.spelling import meant
 
 RESERVED = frozenset(
     {
@@ -62,7 +62,6 @@ DOCKER_HOST = "unix:///var/run/docker.sock"
 
 _MEBIBYTE = 2**20
 _ROUNDING = 1e-9
-_CLOSE = 0.7
 _LONGEST = 1e9
 _MANY = 1_000_000
 _SELDOM = 1e-5
@@ -701,7 +700,7 @@ def inline_pool(data: dict[str, Any]) -> Pool:
     if not wrong:
         pool, wrong = _build(data, Path())
     if pool is None or wrong:
-        faults = [Fault(_pointer(("pool", *where)), detail) for where, detail in wrong]
+        faults = [Fault.at(("pool", *where), detail) for where, detail in wrong]
         raise InvalidRequest("the inline pool cannot be used", *faults)
     return pool
 
@@ -715,7 +714,7 @@ def _entries(document: object) -> dict[str, object]:
     if not isinstance(document, dict):
         raise ValueError("is missing")  # noqa: TRY004 -- as all that is wrong with a file
     if "agent_pools" not in document:
-        raise ValueError(f"is missing{_meant('agent_pools', map(str, document))}")
+        raise ValueError(f"is missing{meant('agent_pools', map(str, document))}")
     entries = document["agent_pools"]
     if entries is not None and not isinstance(entries, dict):
         raise ValueError("must be a mapping of names to pools")
@@ -783,7 +782,7 @@ def _oddities(data: Mapping[str, Any]) -> Iterator[_Wrong]:
     known = [key for key in Pool.model_fields if key != "name"]
     for key in data:
         if key not in known:
-            yield (key,), f"is not a key of a pool, and ignored{_meant(key, known)}"
+            yield (key,), f"is not a key of a pool, and ignored{meant(key, known)}"
     config, kind = data.get("config"), _kind(data)
     if kind is None or not isinstance(config, dict):
         return
@@ -792,14 +791,9 @@ def _oddities(data: Mapping[str, Any]) -> Iterator[_Wrong]:
             if key in _SET_ASIDE:
                 yield ("config", key), "is set aside: a Job has one pod, which is never started again"
         elif not isinstance(value, _Scalar):
-            yield ("config", key), f"is not a key of a {data['type']} pool, and ignored{_meant(key, kind.model_fields)}"
-        elif meant := _meant(key, kind.model_fields):
-            yield ("config", key), f"is not the launcher's, and told to runners as {_variable(key)}{meant}"
-
-
-def _meant(key: object, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(key).lower(), known, n=1, cutoff=_CLOSE)
-    return f"; did you mean {close[0]}?" if close else ""
+            yield ("config", key), f"is not a key of a {data['type']} pool, and ignored{meant(key, kind.model_fields)}"
+        elif nearest := meant(key, kind.model_fields):
+            yield ("config", key), f"is not the launcher's, and told to runners as {_variable(key)}{nearest}"
 
 
 def _not_inline(data: Mapping[str, Any]) -> Iterator[_Wrong]:
@@ -822,10 +816,6 @@ def _not_inline(data: Mapping[str, Any]) -> Iterator[_Wrong]:
 
 def _dotted(where: _Location) -> str:
     return ".".join(map(str, where))
-
-
-def _pointer(where: _Location) -> str:
-    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in where)
 
 
 # YAML.

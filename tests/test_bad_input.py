@@ -581,3 +581,43 @@ async def test_a_program_that_removes_its_slot_and_its_context_is_told_truly(cli
     runner = await launched(client, launch_body(slot, 'rm -rf "$TASK_CONTEXT_FILE" "$PWD"; exit 4'))
     record = await finished(client, runner)
     assert (record["exit_code"], list(slot.parent.glob("*"))) == (4, [])
+
+
+# What a query cannot hold.
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "words"),
+    [
+        ("POST /runners?dryrun=true", "dryrun", "; did you mean dry_run?"),
+        ("POST /runners?dry_run=true&Dry_Run=false", "Dry_Run", "; did you mean dry_run?"),
+        ("GET /runners?poool=local", "poool", "; did you mean pool?"),
+        ("GET /runners?x=1", "x", ""),
+        ("GET /runners/runner-000000000000?follow=true", "follow", ""),
+        ("GET /runners/runner-000000000000/logs?tial=5", "tial", "; did you mean tail?"),
+        ("DELETE /runners/runner-000000000000?forse=true", "forse", "; did you mean force?"),
+        ("GET /events?folow=true", "folow", "; did you mean follow?"),
+        ("POST /engines/sweep?dryrun=true", "dryrun", "; did you mean dry_run?"),
+        ("POST /retention?dry-run=true", "dry-run", "; did you mean dry_run?"),
+        ("GET /readyz?engin=local-process", "engin", "; did you mean engine?"),
+        ("GET /pools?a/b=", "a~1b", ""),
+    ],
+)
+async def test_a_parameter_that_a_call_does_not_have_is_refused(
+    client: httpx.AsyncClient, slot: Path, call: str, name: str, words: str
+) -> None:
+    method, url = call.split()
+    answer = await client.request(method, url, json=launch_body(slot) if "POST /run" in call else None)
+    body = problem(answer, 422, "invalid", f"/query/{name}", words=f"/query/{name}: is not a parameter of this call")
+    assert body["errors"][0]["detail"] == f"is not a parameter of this call{words}"
+    assert (await client.get("/runners")).json()["items"] == []
+
+
+async def test_a_thousand_parameters_that_a_call_does_not_have_are_refused_in_a_few_words(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/runners?" + "&".join(f"wrong{number}=" for number in range(1000)))
+    assert answer.status_code == 422
+    assert len(answer.json()["errors"]) == 20
+
+
+async def test_the_sign_of_life_is_never_refused(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/livez?verbose")).status_code == 200

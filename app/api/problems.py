@@ -127,7 +127,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _invalid(request: Request, error: Exception) -> Response:
     details = error.errors() if isinstance(error, RequestValidationError) else []
-    faults = [Fault(_pointer(each["loc"]), each["msg"]) for each in details]
+    faults = [Fault.at(_place(each["loc"]), each["msg"]) for each in details]
     text = "; ".join(f"{fault.pointer or 'the body'}: {fault.detail}" for fault in faults)
     if any(each["type"] == "json_invalid" for each in details):
         return _problem(request, HTTPStatus.BAD_REQUEST, "unparsable", f"not JSON: {details[0]['ctx']['error']}")
@@ -190,10 +190,9 @@ def _problem(
     return Response(text, status, headers, media_type="application/problem+json")
 
 
-def _pointer(location: tuple[int | str, ...]) -> str:
-    """Write FastAPI's place of a fault as a JSON pointer; query and header parameters keep their kind in front."""
-    parts = location[1:] if location[:1] == ("body",) else location
-    return "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in parts)
+def _place(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Give the place in a body; query and header parameters keep their kind in front."""
+    return location[1:] if location[:1] == ("body",) else location
 
 
 def _retry_after(seconds: float | None, spread: float = SPREAD_SECONDS) -> str:
