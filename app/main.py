@@ -32,6 +32,8 @@ from app.telemetry import Telemetry
 from app.tracing import open_tracing
 from app.webhooks import Webhooks
 
+WRITABLE = "name a directory that this user may make, or write to"
+
 
 def create_app(
     settings: Settings,
@@ -133,12 +135,17 @@ def create_app(
     app.state.tracing = None
     app.add_middleware(gate.Gate, authenticator=app.state.authenticator, public_url=settings.public_url)
     problems.install(app)
+    _add_calls(app)
+    app.openapi = functools.partial(describe, app)  # type: ignore[method-assign] # FastAPI's own way
+    return app
+
+
+def _add_calls(app: FastAPI) -> None:
+    """Add all calls; a sign of life and the page's files are given whatever is asked besides."""
     for module in (runners, events, pools, engines, webhooks, retention, health):
         app.include_router(module.router, dependencies=[Depends(known_parameters)])
     for free in (health.alive, page.router):
         app.include_router(free)
-    app.openapi = functools.partial(describe, app)  # type: ignore[method-assign] # FastAPI's own way
-    return app
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:
@@ -172,7 +179,9 @@ def _take_state_dir(settings: Settings, stack: AsyncExitStack) -> None:
         settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(settings.state_dir / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise ConfigurationError(f"RUNNER_LAUNCHER_STATE_DIR: {settings.state_dir} cannot be used: {error}") from error
+        raise ConfigurationError(
+            f"RUNNER_LAUNCHER_STATE_DIR: {settings.state_dir} cannot be used: {error.strerror}; {WRITABLE}"
+        ) from error
     stack.callback(os.close, lock)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
