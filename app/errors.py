@@ -76,7 +76,7 @@ class NotOwner(RunnerLauncherError):
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong in a request: a JSON pointer into the body (empty: the whole; `/query/NAME`: a parameter) and a sentence."""
+    """One thing wrong in a request: a JSON pointer into the body (empty: the whole), or `/query/NAME`, and a sentence."""
 
     pointer: str
     detail: str

@@ -17,7 +17,7 @@ from app.runner import Runner
 from app.service import RunnerService
 from app.spelling import meant
 
-API_VERSION = "0.4.0"
+API_VERSION = "0.5.0"
 """The version of the HTTP interface, apart from that of the program: whatever changes in the one raises it."""
 
 MAX_FAULTS = 20
