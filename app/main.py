@@ -129,6 +129,7 @@ def create_app(
         version=API_VERSION,
         license_info={"name": "MIT", "identifier": "MIT"},
         lifespan=lifespan,
+        redoc_url=None,
         generate_unique_id_function=lambda route: f"{route.tags[0]}_{route.name}" if route.tags else route.name,
     )
     app.state.authenticator = Authenticator(now)
