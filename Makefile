@@ -8,6 +8,7 @@ help: ## what there is
 
 .venv/ready: requirements-dev.txt pyproject.toml client/pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; name one with make PYTHON=...") if sys.version_info < (3, 11) else None'
+	@echo 'Setting up .venv, once: some minutes and the network'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
@@ -100,5 +101,5 @@ lock: .venv/ready ## pin every dependency again, with hashes
 	  --no-emit-package runner-launcher-client --all-extras --group dev --group shipping pyproject.toml \
 	  -c requirements-dev.txt -o requirements-shipping.txt --upgrade
 
-clean: ## remove what make made
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean: ## remove what make made, but for state/, where the records and slots of `make serve` are
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache site dist bench.json bench.md

@@ -67,8 +67,10 @@ def _common(
 def serve() -> None:
     """Start the service; its settings come from RUNNER_LAUNCHER_* variables.
 
-    A first start wants POOLS_FILE, a file that says where runners may run, and SLOT_ROOTS, the directories where slots may
-    be. LISTEN is 127.0.0.1:8080 unless said otherwise, and STATE_DIR where records, logs and the token are kept.
+    A first start wants POOLS_FILE, a file that says where runners may run, and SLOT_ROOTS, the directories for slots.
+
+    LISTEN is 127.0.0.1:8080 unless said otherwise, and STATE_DIR is where records, logs and the token are kept.
+
     docs/operations.md has them all.
     """
     import logging
@@ -195,8 +197,11 @@ def _pool_names(incomplete: str) -> list[str]:
     return _suggest(ask, incomplete)
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON; what is followed, a line each.")]
-RunnerId = Annotated[str, typer.Argument(metavar="RUNNER", help="A runner's id.", autocompletion=_runner_ids)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON; logs, and what is followed, as an object a line.")]
+RunnerId = Annotated[
+    str,
+    typer.Argument(metavar="RUNNER", help="A runner's id, or a beginning no other has.", autocompletion=_runner_ids),
+]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on as it happens.")]
 
 
@@ -302,7 +307,10 @@ def logs(
 
 @cli.command(rich_help_panel="Runners")
 def stop(
-    runners: Annotated[list[str], typer.Argument(metavar="RUNNER...", help="Runners' ids.", autocompletion=_runner_ids)],
+    runners: Annotated[
+        list[str],
+        typer.Argument(metavar="RUNNER", help="Runners' ids, or beginnings no other has.", autocompletion=_runner_ids),
+    ],
     *,
     grace: Annotated[float | None, typer.Option(min=0, help="Seconds from TERM to KILL; default: the pool's.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Give up those whose engine is gone for good: lost.")] = False,
@@ -326,7 +334,10 @@ def diagnose(runner: RunnerId, *, as_json: Json = False) -> None:
 @cli.command(rich_help_panel="Runners")
 def events(
     runner: Annotated[
-        str | None, typer.Argument(metavar="RUNNER", help="A runner's id; without it, all.", autocompletion=_runner_ids)
+        str | None,
+        typer.Argument(
+            metavar="RUNNER", help="A runner's id, or a beginning no other has; without it, all.", autocompletion=_runner_ids
+        ),
     ] = None,
     *,
     follow: Follow = False,

@@ -90,8 +90,9 @@ def _live(runner: Runner, *, away: bool) -> tuple[str, str]:
                 "wait, raise the pool's limits, or stop something in it",
             )
         case Phase.STARTING if runner.attempts:
+            calls = "1 launch call" if len(runner.attempts) == 1 else f"{len(runner.attempts)} launch calls"
             return (
-                f"{len(runner.attempts)} launch calls failed so far; what can pass is tried again until its time is over",
+                f"{calls} failed so far; what can pass is tried again until its time is over",
                 "read the attempts below; if the last error will not pass by itself, mend its cause or stop the runner",
             )
         case Phase.STARTING if not runner.accepted:
@@ -300,7 +301,7 @@ def _attempts(runner: Runner) -> Iterator[Evidence]:
 def _limits(runner: Runner) -> Iterator[Evidence]:
     enforced = (runner.handle or Handle(runner_id=runner.runner_id)).enforced_by
     if runner.cpu is not None:
-        yield Evidence("limits", f"{runner.cpu:g} cores, {_held(enforced.cpu)}")
+        yield Evidence("limits", f"{runner.cpu:g} core{'s' * (runner.cpu != 1)}, {_held(enforced.cpu)}")
     if runner.memory_mib is not None:
         yield Evidence("limits", f"{runner.memory_mib} MiB, {_held(enforced.memory_mib)}")
 
@@ -312,7 +313,15 @@ def _held(by: str) -> str:
 def _events(events: Sequence[Event]) -> Iterator[Evidence]:
     for event in events[-EVENTS:]:
         why = ": ".join(filter(None, (event.reason, event.message)))
-        yield Evidence("event", f"{_time(event.at)}: {event.type}, {event.to_phase}" + (f": {_clipped(why)}" if why else ""))
+        yield Evidence("event", f"{_time(event.at)}: {_what(event)}" + (f": {_clipped(why)}" if why else ""))
+
+
+def _what(event: Event) -> str:
+    """Say what kind of event it was, and the step from phase to phase where it was one."""
+    if event.from_phase in (None, event.to_phase):
+        return event.type
+    step = f"{event.from_phase} -> {event.to_phase}"
+    return step if event.type == event.to_phase else f"{event.type}, {step}"
 
 
 def _lines(log: Sequence[str]) -> Iterator[Evidence]:

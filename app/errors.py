@@ -14,8 +14,9 @@ RunnerLauncherError
 └── RunnerLaunchError       an accepted request whose launch failed; carries the runner
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from app.reason import Reason
 
@@ -75,10 +76,15 @@ class NotOwner(RunnerLauncherError):
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong in a request: a JSON pointer into the body (empty: the whole) and a sentence."""
+    """One thing wrong in a request: a JSON pointer into the body (empty: the whole), or `/query/NAME`, and a sentence."""
 
     pointer: str
     detail: str
+
+    @classmethod
+    def at(cls, place: Iterable[int | str], detail: str) -> Self:
+        """Say what is wrong in a place, given as the names and numbers that lead there."""
+        return cls("".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in place), detail)
 
 
 class RequestRefused(RunnerLauncherError):

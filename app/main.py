@@ -9,10 +9,10 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from app.api import engines, events, gate, health, page, pools, problems, retention, runners, webhooks
-from app.api.answers import API_VERSION, describe
+from app.api.answers import API_VERSION, describe, known_parameters
 from app.api.auth import Authenticator
 from app.errors import ConfigurationError
 from app.events import Feed
@@ -31,6 +31,8 @@ from app.targets import load_targets
 from app.telemetry import Telemetry
 from app.tracing import open_tracing
 from app.webhooks import Webhooks
+
+WRITABLE = "name a directory that this user may make, or write to"
 
 
 def create_app(
@@ -127,16 +129,24 @@ def create_app(
         version=API_VERSION,
         license_info={"name": "MIT", "identifier": "MIT"},
         lifespan=lifespan,
+        redoc_url=None,
         generate_unique_id_function=lambda route: f"{route.tags[0]}_{route.name}" if route.tags else route.name,
     )
     app.state.authenticator = Authenticator(now)
     app.state.tracing = None
     app.add_middleware(gate.Gate, authenticator=app.state.authenticator, public_url=settings.public_url)
     problems.install(app)
-    for module in (runners, events, pools, engines, webhooks, retention, health, page):
-        app.include_router(module.router)
+    _add_calls(app)
     app.openapi = functools.partial(describe, app)  # type: ignore[method-assign] # FastAPI's own way
     return app
+
+
+def _add_calls(app: FastAPI) -> None:
+    """Add all calls; a sign of life and the page's files are given whatever is asked besides."""
+    for module in (runners, events, pools, engines, webhooks, retention, health):
+        app.include_router(module.router, dependencies=[Depends(known_parameters)])
+    for free in (health.alive, page.router):
+        app.include_router(free)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:
@@ -170,7 +180,9 @@ def _take_state_dir(settings: Settings, stack: AsyncExitStack) -> None:
         settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(settings.state_dir / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise ConfigurationError(f"RUNNER_LAUNCHER_STATE_DIR: {settings.state_dir} cannot be used: {error}") from error
+        raise ConfigurationError(
+            f"RUNNER_LAUNCHER_STATE_DIR: {settings.state_dir} cannot be used: {error.strerror}; {WRITABLE}"
+        ) from error
     stack.callback(os.close, lock)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,7 +8,6 @@ A pool can also come with a request, from somebody who may launch but does not o
 judged by what it may name before anything else of it is looked at: some keys read files.
 """
 
-import difflib
 import logging
 import os
 import re
@@ -40,7 +39,8 @@ from app import job_template
 from app.errors import ConfigurationError, Fault, InvalidRequest
 from app.models import Identifier, Text
 from app.runner import Policy
-from app.settings import WebAddress
+from app.settings import PREFIX, WebAddress
+from app.spelling import meant
 
 RESERVED = frozenset(
     {
@@ -62,8 +62,8 @@ DOCKER_HOST = "unix:///var/run/docker.sock"
 
 _MEBIBYTE = 2**20
 _ROUNDING = 1e-9
-_CLOSE = 0.7
 _LONGEST = 1e9
+_SHOWN = 20
 _MANY = 1_000_000
 _SELDOM = 1e-5
 _MOST_CORES = 1e6
@@ -475,6 +475,10 @@ def bound_to_node(engine: str) -> bool:
 # A pool.
 
 
+def _count(number: float, one: str, many: str | None = None) -> str:
+    return f"{number:g} {one if number == 1 else many or one + 's'}"
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """What the runners placed in a pool hold together: their number, cores and MiB; ``launching``: not yet accepted."""
@@ -552,13 +556,17 @@ class Pool(BaseModel):
     def refusal(self, usage: Usage) -> str | None:
         """Say why one more runner does not fit beside these now; None if it does. With `resources`, quotas bound the sum."""
         if usage.runners >= self.max_concurrency:
-            return f"pool {self.name} holds {usage.runners} runners, and its max_concurrency is {self.max_concurrency}"
+            held = _count(usage.runners, "runner")
+            return f"pool {self.name} holds {held}, and its max_concurrency is {self.max_concurrency}"
         limit = self.config.launching_limit
         if limit is not None and usage.launching >= limit:
-            return f"pool {self.name} has {usage.launching} launches under way, and its launching_limit is {limit}"
+            under_way = _count(usage.launching, "launch", "launches")
+            return f"pool {self.name} has {under_way} under way, and its launching_limit is {limit}"
         cpu, memory = self.resources
         if cpu and self.cpu_quota and usage.cpu + cpu > self.cpu_quota + _ROUNDING:
-            return f"a runner of pool {self.name} gets {cpu:g} cores, and {usage.cpu:g} of {self.cpu_quota:g} are taken"
+            return (
+                f"a runner of pool {self.name} gets {_count(cpu, 'core')}, and {usage.cpu:g} of {self.cpu_quota:g} are taken"
+            )
         if memory and self.memory_quota and usage.memory_mib + memory > self.memory_quota:
             return f"a runner of pool {self.name} gets {memory} MiB, and {usage.memory_mib} of {self.memory_quota} are taken"
         return None
@@ -654,15 +662,13 @@ def load_pools(path: Path | None) -> Pools:
     try:
         document, twice = _parse(path)
     except ValueError as error:
-        raise ConfigurationError(str(error)) from error
+        setting = f"{PREFIX}POOLS_FILE: " if isinstance(error.__cause__, OSError) else ""
+        raise ConfigurationError(f"{setting}{error}") from error
     wrong: list[_Wrong] = [(where, "is given twice") for where in twice if where[0] == "agent_pools"]
     odd: list[_Wrong] = []
     by_name = {}
-    try:
-        entries = _entries(document)
-    except ValueError as error:
-        wrong.append((("agent_pools",), str(error)))
-        entries = {}
+    entries, faults = _entries(document)
+    wrong += faults
     for name, data in entries.items():
         at = ("agent_pools", name)
         if not isinstance(data, dict):
@@ -686,13 +692,20 @@ def resolve(pools: Pools, asked: str | dict[str, Any], *, allow_inline: bool) ->
     name = asked if isinstance(asked, str) else asked["name"]
     if name in pools.by_name:
         return pools.by_name[name]
-    text = f"no pool named {name} is configured"
     if isinstance(asked, str):
+        text = unknown_pool(name, pools.by_name)
         raise InvalidRequest(text, Fault("/pool", text), code="unknown-pool")
     if not allow_inline:
-        text = f"{text}, and inline pools are off"
+        text = f"no pool named {name} is configured, and inline pools are off"
         raise InvalidRequest(text, Fault("/pool", text), code="inline-pools-off")
     return inline_pool(asked)
+
+
+def unknown_pool(name: str, known: Iterable[str]) -> str:
+    """Say that there is no such pool, and which there are."""
+    names = sorted(known)
+    some = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return f"no pool named {name} is configured; " + (f"there are: {some}" if some else "there is none")
 
 
 def inline_pool(data: dict[str, Any]) -> Pool:
@@ -701,7 +714,7 @@ def inline_pool(data: dict[str, Any]) -> Pool:
     if not wrong:
         pool, wrong = _build(data, Path())
     if pool is None or wrong:
-        faults = [Fault(_pointer(("pool", *where)), detail) for where, detail in wrong]
+        faults = [Fault.at(("pool", *where), detail) for where, detail in wrong]
         raise InvalidRequest("the inline pool cannot be used", *faults)
     return pool
 
@@ -711,15 +724,17 @@ def _kind(data: Mapping[str, Any]) -> type[PoolConfig] | None:
     return _CONFIGS.get(name) if isinstance(name, str) else None
 
 
-def _entries(document: object) -> dict[str, object]:
-    if not isinstance(document, dict):
-        raise ValueError("is missing")  # noqa: TRY004 -- as all that is wrong with a file
-    if "agent_pools" not in document:
-        raise ValueError(f"is missing{_meant('agent_pools', map(str, document))}")
-    entries = document["agent_pools"]
+def _entries(document: object) -> tuple[dict[str, object], list[_Wrong]]:
+    """Give what a file says of pools, and what is wrong with how it says that."""
+    keys = document if isinstance(document, dict) else {}
+    if "agent_pools" not in keys:
+        close = [(key, nearest) for key in map(str, keys) if (nearest := meant(key, ["agent_pools"]))]
+        misspelt: list[_Wrong] = [((key,), f"is not a key of a pool file{nearest}") for key, nearest in close]
+        return {}, misspelt or [(("agent_pools",), "is missing")]
+    entries = keys["agent_pools"]
     if entries is not None and not isinstance(entries, dict):
-        raise ValueError("must be a mapping of names to pools")
-    return entries or {}
+        return {}, [(("agent_pools",), "must be a mapping of names to pools")]
+    return entries or {}, []
 
 
 def _build(data: dict[str, Any], folder: Path) -> tuple[Pool | None, list[_Wrong]]:
@@ -781,10 +796,12 @@ def _variable(key: str) -> str:
 def _oddities(data: Mapping[str, Any]) -> Iterator[_Wrong]:
     """Say what in a pool of the file is probably not meant, though nothing in it is wrong."""
     known = [key for key in Pool.model_fields if key != "name"]
+    kind = _kind(data)
     for key in data:
         if key not in known:
-            yield (key,), f"is not a key of a pool, and ignored{_meant(key, known)}"
-    config, kind = data.get("config"), _kind(data)
+            belongs = "; it belongs under config" if kind and key in kind.model_fields else meant(key, known)
+            yield (key,), f"is not a key of a pool, and ignored{belongs}"
+    config = data.get("config")
     if kind is None or not isinstance(config, dict):
         return
     for key, value in config.items():
@@ -792,14 +809,9 @@ def _oddities(data: Mapping[str, Any]) -> Iterator[_Wrong]:
             if key in _SET_ASIDE:
                 yield ("config", key), "is set aside: a Job has one pod, which is never started again"
         elif not isinstance(value, _Scalar):
-            yield ("config", key), f"is not a key of a {data['type']} pool, and ignored{_meant(key, kind.model_fields)}"
-        elif meant := _meant(key, kind.model_fields):
-            yield ("config", key), f"is not the launcher's, and told to runners as {_variable(key)}{meant}"
-
-
-def _meant(key: object, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(key).lower(), known, n=1, cutoff=_CLOSE)
-    return f"; did you mean {close[0]}?" if close else ""
+            yield ("config", key), f"is not a key of a {data['type']} pool, and ignored{meant(key, kind.model_fields)}"
+        elif nearest := meant(key, kind.model_fields):
+            yield ("config", key), f"is not the launcher's, and told to runners as {_variable(key)}{nearest}"
 
 
 def _not_inline(data: Mapping[str, Any]) -> Iterator[_Wrong]:
@@ -822,10 +834,6 @@ def _not_inline(data: Mapping[str, Any]) -> Iterator[_Wrong]:
 
 def _dotted(where: _Location) -> str:
     return ".".join(map(str, where))
-
-
-def _pointer(where: _Location) -> str:
-    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in where)
 
 
 # YAML.

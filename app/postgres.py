@@ -49,7 +49,7 @@ def open_engine(url: sa.URL, connections: int, *, writes: bool) -> Engine:
     """Open a database for its writer or for readers. Raises ConfigurationError where the driver is missing."""
     if not importlib.util.find_spec("psycopg"):
         raise ConfigurationError(
-            "RUNNER_LAUNCHER_DATABASE_URL: PostgreSQL needs the library psycopg: pip install 'runner-launcher[postgres]'"
+            "RUNNER_LAUNCHER_DATABASE_URL: PostgreSQL needs psycopg: in a clone, pip install ./client '.[postgres]'"
         )
     engine = sa.create_engine(
         url.set(drivername="postgresql+psycopg"),

@@ -72,6 +72,9 @@ async def serve_until_told(settings: Settings, create: Callable[..., FastAPI] = 
             log.warning("nothing can be launched: RUNNER_LAUNCHER_POOLS_FILE names no file with pools")
         elif not settings.slot_roots:
             log.warning("nothing can be launched: RUNNER_LAUNCHER_SLOT_ROOTS names no directory where slots may be")
+        elif any(pool.enters_slot for pool in app.state.service.pools.by_name.values()):
+            for root in [each for each in settings.slot_roots if not await asyncio.to_thread(each.is_dir)]:
+                log.warning("no slot can be under %s (RUNNER_LAUNCHER_SLOT_ROOTS): there is no such directory", root)
         await server.serve(sockets=[listener])
 
 

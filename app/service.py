@@ -43,7 +43,7 @@ from app.launcher import Handle, LaunchSpec, Renders
 from app.logs import Spool
 from app.models import LaunchRequest, Slot
 from app.ownership import Ownership
-from app.pools import Pool, Pools, Usage, load_pools, resolve
+from app.pools import Pool, Pools, Usage, load_pools, resolve, unknown_pool
 from app.reason import Reason
 from app.reconciler import Reconciler, Stray
 from app.redaction import redacted, without_secrets
@@ -497,10 +497,10 @@ class RunnerService:
 
     async def pool_state(self, name: str, caller: Caller) -> PoolState:
         """Give one pool. Raises NotFound."""
-        for state in await self.pool_states(caller):
-            if state.pool.name == name:
-                return state
-        raise NotFound(f"no pool named {name} is configured")
+        states = {state.pool.name: state for state in await self.pool_states(caller)}
+        if name not in states:
+            raise NotFound(unknown_pool(name, states))
+        return states[name]
 
     async def switch_pool(self, name: str, caller: Caller, *, enabled: bool) -> PoolState:
         """Switch a pool on or off; it stays so, whatever its file says. Raises NotFound."""

@@ -100,6 +100,8 @@ class Terminal:
                 number += 1
                 if number == limit:
                     break
+        if not runners and wanted["pool"] is not None:
+            await self.client.pool(wanted["pool"])  # or is there none of that name?
         runners.sort(key=lambda runner: (runner.created_at or LONG_AGO, runner.revision), reverse=True)
         del runners[limit:]
         if self._as_json:
@@ -138,6 +140,7 @@ class Terminal:
         """Print output, byte by byte as the runner wrote it, or a JSON object a line."""
         async with aclosing(self.client.logs(runner_id, tail=tail, since=since, follow=follow)) as pieces:
             if self._as_json:
+                runner_id = (await self.client.get(runner_id)).runner_id  # which may have been cut short
                 async for line in _lines(pieces):
                     self._line({"runner_id": runner_id, "line": line.decode(errors="replace")})
             else:
@@ -348,7 +351,7 @@ class Terminal:
     def _event(self, event: Event, *, of_all: bool) -> None:
         phases = dict.fromkeys(phase for phase in (event.from_phase, event.to_phase) if phase)
         words = (event.runner_id if of_all else None, event.type, " -> ".join(phases), event.reason, event.message)
-        self._print("  ".join(filter(None, (f"{event.at.astimezone():%Y-%m-%d %H:%M:%S}", *words))))
+        self._print("  ".join(filter(None, (f"{event.at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}", *words))))
         self._out.file.flush()
 
 
@@ -440,7 +443,7 @@ def _in_words(runner: Runner) -> str:
 
 
 def _clock(moment: datetime) -> str:
-    return f"{moment.astimezone():%H:%M:%S}"
+    return f"{moment.astimezone(UTC):%H:%M:%SZ}"
 
 
 def _span(start: datetime | None, end: datetime | None) -> str:

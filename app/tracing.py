@@ -35,7 +35,7 @@ def open_tracing(environ: Mapping[str, str], now: Callable[[], float] = time.tim
         from app.spans import Tracing  # noqa: PLC0415 - needs the extra
     except ImportError as error:
         asked = endpoint or "OTEL_TRACES_EXPORTER"
-        text = f"{asked}: traces are asked for, and their library is not there: pip install 'runner-launcher[telemetry]'"
+        text = f"{asked}: traces need a library that is not there: in a clone, pip install ./client '.[telemetry]'"
         raise ConfigurationError(text) from error
     named = environ.get("OTEL_SERVICE_NAME") or "service.name=" in environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
     try:

@@ -3,8 +3,8 @@
 
 It reads its task context, works in its current directory (the git slot), tells what it does on its output, beats its
 heart, commits, and ends with 0. Asked to stop (TERM) it leaves the worktree clean and ends with 143. It needs git and
-Python 3.9 or later, nothing else, and can be run by hand in any git repository. Where there is no git, or no
-repository, it leaves its work uncommitted, and says so.
+Python 3.9 or later, nothing else, and can be run by hand at the top of any git repository. Where there is no git, or
+the slot is no repository of its own, it leaves its work uncommitted, and says so.
 
     TASK_CONTEXT='{"task_id": "7", "task_title": "Say hello"}' python3 agent.py
 """
@@ -24,14 +24,23 @@ from typing import Any
 
 SECONDS_PER_STEP = float(os.environ.get("RUNNER_SECONDS_PER_STEP", "1"))
 BEAT_SECONDS = 10
-HAS_GIT = (
-    bool(shutil.which("git")) and subprocess.run(["git", "rev-parse"], capture_output=True, check=False).returncode == 0
-)
+NO_GIT = "there is no git here, so it stays uncommitted"
 AUTHOR = ("-c", "user.name=Example Agent", "-c", "user.email=agent@example.org", "-c", "commit.gpgsign=false")
 
 
 class Stopped(Exception):
     """The service asked for an end."""
+
+
+def has_git() -> bool:
+    """Say whether the slot is a repository. One around it is somebody else's, and git would find that too."""
+    if not shutil.which("git"):
+        return False
+    done = subprocess.run(["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=False)
+    return done.returncode == 0 and Path(done.stdout.rstrip("\n")).resolve() == Path.cwd().resolve()
+
+
+HAS_GIT = has_git()
 
 
 def main() -> int:
@@ -75,7 +84,8 @@ def work(context: "dict[str, Any]", path: Path) -> None:
     pause()
     say("reading the repository")
     if HAS_GIT:
-        say(f"{len(git('ls-files').splitlines())} files, last commit: {git('log', '-1', '--format=%s')}")
+        files = len(git("ls-files").splitlines())
+        say(f"{files} file{'s' * (files != 1)}, last commit: {git('log', '-1', '--format=%s')}")
     pause()
     say(f"writing {path}")
     path.write_text(report(context, title), encoding="utf-8")
@@ -85,7 +95,7 @@ def work(context: "dict[str, Any]", path: Path) -> None:
         git(*AUTHOR, "commit", "--quiet", "-m", f"{title}\n\nTask: {context['task_id']}", "--", str(path))
         say(f"committed {git('log', '-1', '--format=%h %s')}")
     else:
-        say("there is no git here, so it stays uncommitted")
+        say("this slot is not a git repository of its own; the file stays uncommitted" if shutil.which("git") else NO_GIT)
     pause()
 
 

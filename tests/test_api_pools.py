@@ -109,7 +109,7 @@ async def test_a_pool_taken_out_of_the_file_keeps_serving_its_live_runners(
 async def test_a_pool_that_is_not_configured_is_not_found(client: httpx.AsyncClient, method: str) -> None:
     json = {"enabled": True} if method == "PATCH" else None
     answer = await client.request(method, "/pools/nowhere", json=json)
-    problem(answer, 404, "not-found", words="no pool named nowhere is configured")
+    problem(answer, 404, "not-found", words="no pool named nowhere is configured; there are: local")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ async def test_a_pool_of_the_requests_own_is_served_where_that_is_allowed(servic
         record = await launched(client, launch_body(slot, FOREVER, pool=pool))
         assert (record["pool_name"], record["labels"]) == ("mine", {"a": "b"})
         answer = await client.post("/runners", json=launch_body(slot.with_name("slot-2"), pool=pool))
-        problem(answer, 429, "pool-full", words="pool mine holds 1 runners")
+        problem(answer, 429, "pool-full", words="pool mine holds 1 runner,")
 
 
 @pytest.mark.parametrize(
@@ -183,3 +183,9 @@ async def test_an_engine_that_nobody_can_reach_is_told_with_each_attempt(service
         answer = await client.post("/runners", json=launch_body(slot, pool="far"))
         said = problem(answer, 503, "engine-unavailable", words="attempt 2: tcp://127.0.0.1:1: cannot connect")
     assert (said["runner"]["reason"], said["retryable"]) == ("engine_unavailable", True)
+
+
+async def test_a_pool_whose_name_has_a_slash_is_found(service: Service) -> None:
+    async with service({"gpu/large": local_pool()}) as client:
+        assert (await client.get("/pools/gpu%2Flarge")).json()["pool_name"] == "gpu/large"
+        assert (await client.patch("/pools/gpu%2Flarge", json={"enabled": False})).json()["enabled"] is False

@@ -82,7 +82,7 @@ async def test_what_is_not_json_cannot_be_read(client: httpx.AsyncClient, body: 
 
 
 async def test_a_launch_without_a_body_is_none(client: httpx.AsyncClient) -> None:
-    await refused(client, b"", 422, "invalid", "", words="the body: Field required")
+    await refused(client, b"", 422, "invalid", "", words="a JSON body is needed")
 
 
 @pytest.mark.parametrize("body", [b"[]", b"7", b'"local"', b"null", b"true"])
@@ -258,7 +258,7 @@ async def test_a_context_of_50_mb_is_too_large(client: httpx.AsyncClient, slot: 
 
 
 async def test_a_pool_that_is_not_configured_is_unknown(client: httpx.AsyncClient, slot: Path) -> None:
-    words = "no pool named nowhere is configured"
+    words = "no pool named nowhere is configured; there are: local"
     await refused(client, launch_body(slot, pool="nowhere"), 422, "unknown-pool", "/pool", words=words)
 
 
@@ -272,7 +272,7 @@ async def test_a_full_pool_takes_nothing_more(service: Service, slot: Path) -> N
     async with service({"local": local_pool(max_concurrency=1)}) as client:
         await launched(client, launch_body(slot, "exec sleep 600"))
         answer = await client.post("/runners", json=launch_body(slot.with_name("slot-2")))
-        problem(answer, 429, "pool-full", words="pool local holds 1 runners, and its max_concurrency is 1")
+        problem(answer, 429, "pool-full", words="pool local holds 1 runner, and its max_concurrency is 1")
 
 
 MINE: Json = {"name": "mine", "type": "local-process"}
@@ -581,3 +581,61 @@ async def test_a_program_that_removes_its_slot_and_its_context_is_told_truly(cli
     runner = await launched(client, launch_body(slot, 'rm -rf "$TASK_CONTEXT_FILE" "$PWD"; exit 4'))
     record = await finished(client, runner)
     assert (record["exit_code"], list(slot.parent.glob("*"))) == (4, [])
+
+
+# What a query cannot hold.
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "words"),
+    [
+        ("POST /runners?dryrun=true", "dryrun", "; did you mean dry_run?"),
+        ("POST /runners?dry_run=true&Dry_Run=false", "Dry_Run", "; did you mean dry_run?"),
+        ("GET /runners?poool=local", "poool", "; did you mean pool?"),
+        ("GET /runners?x=1", "x", ""),
+        ("GET /runners/runner-000000000000?follow=true", "follow", ""),
+        ("GET /runners/runner-000000000000/logs?tial=5", "tial", "; did you mean tail?"),
+        ("DELETE /runners/runner-000000000000?forse=true", "forse", "; did you mean force?"),
+        ("GET /events?folow=true", "folow", "; did you mean follow?"),
+        ("POST /engines/sweep?dryrun=true", "dryrun", "; did you mean dry_run?"),
+        ("POST /retention?dry-run=true", "dry-run", "; did you mean dry_run?"),
+        ("GET /readyz?engin=local-process", "engin", "; did you mean engine?"),
+        ("GET /pools?a/b=", "a~1b", ""),
+    ],
+)
+async def test_a_parameter_that_a_call_does_not_have_is_refused(
+    client: httpx.AsyncClient, slot: Path, call: str, name: str, words: str
+) -> None:
+    method, url = call.split()
+    answer = await client.request(method, url, json=launch_body(slot) if "POST /run" in call else None)
+    body = problem(answer, 422, "invalid", f"/query/{name}", words=f"/query/{name}: is not a parameter of this call")
+    assert body["errors"][0]["detail"] == f"is not a parameter of this call{words}"
+    assert (await client.get("/runners")).json()["items"] == []
+
+
+async def test_a_thousand_parameters_that_a_call_does_not_have_are_refused_in_a_few_words(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/runners?" + "&".join(f"wrong{number}=" for number in range(1000)))
+    assert answer.status_code == 422
+    assert len(answer.json()["errors"]) == 20
+
+
+async def test_the_sign_of_life_is_never_refused(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/livez?verbose")).status_code == 200
+
+
+async def test_what_no_call_is_says_what_there_is(client: httpx.AsyncClient) -> None:
+    for method, path, status, code, words in (
+        ("GET", "/nothing", 404, "not-found", "nothing is at /nothing; /openapi.json has every call"),
+        ("PUT", "/runners/x", 405, "method-not-allowed", "PUT is not for /runners/x; DELETE and GET are"),
+        ("PATCH", "/engines", 405, "method-not-allowed", "PATCH is not for /engines; GET is"),
+        ("GET", "/runners?label=gpu", 422, "invalid", "/query/label/0: must look like key=value"),
+        ("POST", "/runners?dry_run=perhaps", 422, "invalid", "/query/dry_run: must be true or false"),
+    ):
+        answer = await client.request(method, path, json={} if method == "POST" else None)
+        assert (answer.status_code, answer.json()["code"]) == (status, code)
+        assert words in answer.json()["detail"]
+
+
+async def test_what_is_not_json_is_told_with_its_place(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/runners", content=b'{\n "task": x}', headers=AS_JSON)
+    assert answer.json()["detail"] == "not JSON: Expecting value (line 2, column 10)"

@@ -222,6 +222,7 @@ async def test_each_kind_of_refusal_has_its_exit_code_and_one_line(serve: Serve,
             (run, ["stop", "runner-000000000000"], NOT_FOUND, "no runner"),
             (run, ["events", "runner-000000000000"], NOT_FOUND, "no runner"),
             (run, ["pools", "nope"], NOT_FOUND, "no pool named nope"),
+            (run, ["ps", "--pool", "nope"], NOT_FOUND, "no pool named nope is configured; there are: local"),
             (at(service, RUNNER_LAUNCHER_URL="nowhere"), ["ps"], REFUSED, "must look like http://host:port"),
         ]
 
@@ -275,6 +276,7 @@ async def test_a_record_a_history_and_a_log_are_shown(server: Served, place: Pat
     assert output.read_bytes() == b"one\ntwo [bold]\n\x1b[31mthree\xff"
     lines = (await run.run("logs", runner_id, "-n", "2", "--json")).out.splitlines()
     assert [json.loads(line)["line"] for line in lines] == ["two [bold]", "\x1b[31mthree\N{REPLACEMENT CHARACTER}"]
+    assert (await run.run("logs", runner_id[:-2], "-n", "2", "--json")).out.splitlines() == lines
     since = [(await run.run("logs", runner_id, "--json", "--since", since)).out for since in ("10m", "9000-01-01T00:00:00Z")]
     assert [len(lines.splitlines()) for lines in since] == [3, 0]
     refused = await run.run("logs", runner_id, "--since", "yesterday")

@@ -35,7 +35,9 @@ def ended(reason: Reason | None, message: str | None = "the engine's words", **f
 
 
 def explained(runner: Runner, *log: str, away: bool = False) -> Diagnosis:
-    event = Event(runner_id=runner.runner_id, at=T, type="finished", from_phase=None, to_phase=runner.phase, revision=1)
+    event = Event(
+        runner_id=runner.runner_id, at=T, type="finished", from_phase=Phase.RUNNING, to_phase=runner.phase, revision=1
+    )
     return diagnose(runner, [event], log, away=away)
 
 
@@ -106,7 +108,7 @@ def test_the_evidence_is_what_is_on_record() -> None:
     assert texts(said, "limits") == ["512 MiB, enforced by engine"]
     assert texts(said, "log") == ["one", "x" * LINE + "..."]
     assert texts(said, "attempt")[0].startswith("2026-01-05T08:00:00Z: attempt 1: refused refused")
-    assert said.evidence[-3] == Evidence("event", "2026-01-05T08:00:00Z: finished, finished")
+    assert said.evidence[-3] == Evidence("event", "2026-01-05T08:00:00Z: running -> finished")
     assert "512 MiB" in said.likely_cause
 
 
@@ -118,7 +120,7 @@ def test_the_evidence_is_what_is_on_record() -> None:
         (replace(RUNNER, phase=Phase.STARTING), "not started it yet"),
         (
             replace(RUNNER, phase=Phase.STARTING, attempts=(Attempt(number=1, at=T, error="no", retryable=True),)),
-            "1 launch calls failed",
+            "1 launch call failed",
         ),
         (RUNNER, "it runs"),
         (

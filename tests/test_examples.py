@@ -89,3 +89,22 @@ def test_the_pool_files_load_without_a_warning(name: str) -> None:
 def test_the_launches_name_a_pool_of_their_file(name: str, pools: str) -> None:
     request = LaunchRequest.model_validate(json.loads((EXAMPLES / name).read_text()))
     assert request.pool in load_pools(EXAMPLES / pools).by_name
+
+
+def test_the_agent_leaves_a_repository_around_its_slot_alone(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    git("init", "--quiet", "--initial-branch", "around")
+    git("-c", "user.name=me", "-c", "user.email=me@example.org", "commit", "--quiet", "--allow-empty", "--message", "Begin")
+    slot = tmp_path / "slot"
+    slot.mkdir()
+    context = json.dumps({"task_id": "7", "branch_name": "task-7"})
+    env = {**os.environ, "TASK_CONTEXT": context, "RUNNER_SECONDS_PER_STEP": "0.01"}
+    agent = [sys.executable, str(EXAMPLES / "agent.py")]
+    done = subprocess.run(agent, cwd=slot, env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "this slot is not a git repository of its own; the file stays uncommitted" in done.stdout
+    assert (slot / "task-7.md").exists()
+    assert git("log", "--format=%s", "--all").split() == ["Begin"]
+    assert git("branch", "--show-current").strip() == "around"

@@ -73,6 +73,13 @@ async def test_events_and_pools_are_tables_too(client: httpx.AsyncClient, slot: 
     assert "max_concurrency: 8" in await text_of(client, "/pools/local")
 
 
+async def test_what_is_done_at_once_and_lists_of_nothing_are_told_too(client: httpx.AsyncClient) -> None:
+    assert (await client.post("/engines/sweep?dry_run=true", headers=TEXT)).text == "engines hold nothing without a record\n"
+    forgotten = await client.post("/retention?dry_run=true", headers=TEXT)
+    assert "dry_run:   yes\n" in forgotten.text
+    assert await text_of(client, "/webhooks") == "nobody is told of runners\n"
+
+
 async def test_a_launch_and_a_stop_answer_in_text_too(client: httpx.AsyncClient, slot: Path) -> None:
     answer = await client.post("/runners", json=launch_body(slot, FOREVER), headers=TEXT)
     assert (answer.status_code, answer.headers["Location"]) == (201, f"/runners/{answer.text.split()[1]}")

@@ -162,7 +162,7 @@ def test_a_file_may_have_no_pools_yet(load: Load) -> None:
         ("", "agent_pools: is missing"),
         ("[]", "agent_pools: is missing"),
         ("{}", "agent_pools: is missing"),
-        ("agent_pool: {}", "agent_pools: is missing; did you mean agent_pool?"),
+        ("agent_pool: {}", "agent_pool: is not a key of a pool file; did you mean agent_pools?"),
         ("agent_pools: [local]", "agent_pools: must be a mapping"),
         ("agent_pools: {}\nagent_pools: {}", "agent_pools: is given twice"),
     ],
@@ -174,7 +174,7 @@ def test_a_file_that_is_no_pool_file_is_refused(load: Load, text: str, said: str
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"nowhere\.yaml: No such file"):
+    with pytest.raises(ConfigurationError, match=r"^RUNNER_LAUNCHER_POOLS_FILE: .*nowhere\.yaml: No such file"):
         load_pools(tmp_path / "nowhere.yaml")
 
 
@@ -434,6 +434,7 @@ def test_the_longest_variable_is_measured_in_bytes(load_one: LoadOne) -> None:
         ("config: {extras: [1]}", "config.extras: is not a key of a docker pool, and ignored"),
         ("max_concurency: 3", "max_concurency: is not a key of a pool, and ignored; did you mean max_concurrency?"),
         ("name: other", "name: is not a key of a pool, and ignored"),
+        ("command: [a]", "command: is not a key of a pool, and ignored; it belongs under config"),
     ],
 )
 def test_what_is_probably_not_meant_is_warned_about(

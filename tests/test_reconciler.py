@@ -702,7 +702,7 @@ async def test_a_queued_runner_is_not_launched_before_it_has_a_place_and_one_too
     await house.advance(100)
     assert house.calls(name) == []
     history = await house.store.history(name)
-    assert history[0].message == "pool local holds 1 runners, and its max_concurrency is 1"
+    assert history[0].message == "pool local holds 1 runner, and its max_concurrency is 1"
 
 
 @simulated

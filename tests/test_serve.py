@@ -63,12 +63,15 @@ def start(directory: Path, **settings: str) -> list[str]:
         ({"SLOT_ROOTS": "slots"}, "RUNNER_LAUNCHER_SLOT_ROOTS: slots is not an absolute path"),
         ({"ALLOW_INLINE_POOLS": "perhaps"}, "RUNNER_LAUNCHER_ALLOW_INLINE_POOLS: "),
         ({"STATE_DIR": "/proc/here"}, "RUNNER_LAUNCHER_STATE_DIR: /proc/here cannot be used: "),
-        ({"STATE_DIR": "/dev/null"}, "RUNNER_LAUNCHER_STATE_DIR: /dev/null cannot be used: "),
+        ({"STATE_DIR": "/dev/null"}, "RUNNER_LAUNCHER_STATE_DIR: /dev/null cannot be used: File exists; name a directory"),
         ({"DATABASE_URL": "mysql://x/y"}, "RUNNER_LAUNCHER_DATABASE_URL: "),
         ({"DATABASE_URL": "no url"}, "RUNNER_LAUNCHER_DATABASE_URL: "),
         ({"DATABASE_URL": "sqlite:////no/such/place/runners.db"}, "RUNNER_LAUNCHER_DATABASE_URL: "),
         ({"TOKENS_FILE": "/no/such/tokens.yaml"}, "RUNNER_LAUNCHER_TOKENS_FILE: "),
-        ({"POOLS_FILE": "/no/such/pools.yaml"}, "/no/such/pools.yaml: No such file or directory"),
+        (
+            {"POOLS_FILE": "/no/such/pools.yaml"},
+            "RUNNER_LAUNCHER_POOLS_FILE: /no/such/pools.yaml: No such file or directory",
+        ),
     ],
 )
 def test_a_setting_that_cannot_be_used_stops_the_start_with_one_line(

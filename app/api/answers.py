@@ -15,9 +15,13 @@ from app.errors import Fault, InvalidRequest
 from app.models import CloudEvent, Problem, RunnerRecord, runner_record
 from app.runner import Runner
 from app.service import RunnerService
+from app.spelling import meant
 
-API_VERSION = "0.4.0"
+API_VERSION = "0.5.0"
 """The version of the HTTP interface, apart from that of the program: whatever changes in the one raises it."""
+
+MAX_FAULTS = 20
+"""How many names that are none are told of one query."""
 
 
 def service_of(request: Request) -> RunnerService:
@@ -69,6 +73,17 @@ def place_of(cursor: str) -> int:
         text = "this cursor was not given by this service"
         raise InvalidRequest(text, Fault("/query/cursor", text))
     return place
+
+
+async def known_parameters(request: Request) -> None:
+    """Refuse a query that names what the call does not know: a misspelt `dry_run` would launch. Raises InvalidRequest."""
+    if not request.scope["query_string"]:
+        return
+    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    unknown = [name for name in request.query_params if name not in known][:MAX_FAULTS]
+    faults = [Fault.at(("query", name), f"is not a parameter of this call{meant(name, known)}") for name in unknown]
+    if faults:
+        raise InvalidRequest("; ".join(f"{fault.pointer}: {fault.detail}" for fault in faults), *faults)
 
 
 def next_link(request: Request, cursor: str) -> str:

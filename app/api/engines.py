@@ -35,11 +35,17 @@ async def page(request: Request, response: Response, service: Service, who: Who)
         "What the service does at its start and every few minutes, now: of this installation's own, the live are adopted "
         "and the ended removed after a grace. With `dry_run` it only says what it would do. Nothing foreign is touched."
     ),
-    responses=problems(),
+    response_model=SweepReport,
+    responses={200: plain.TEXT, **problems()},
 )
 async def sweep(
-    service: Service, who: Who, *, dry_run: Annotated[bool, Query(description="change nothing")] = False
-) -> SweepReport:
+    request: Request,
+    response: Response,
+    service: Service,
+    who: Who,
+    *,
+    dry_run: Annotated[bool, Query(description="change nothing")] = False,
+) -> SweepReport | Response:
     if who.pools is not None:
         raise NotPermitted(f"the token of {who.name} is for some pools, and a sweep is of all", code="pool-not-permitted")
     items, wrong = [], {}
@@ -48,7 +54,8 @@ async def sweep(
             wrong[engine] = found
         else:
             items += [_stray(engine, stray) for stray in found]
-    return SweepReport(items=items, problems=wrong)
+    answer = SweepReport(items=items, problems=wrong)
+    return plain.shown(request, response, answer) or answer
 
 
 def _stray(engine: str, stray: Stray) -> StrayRecord:

@@ -19,6 +19,7 @@ from app.models import (
     PoolPage,
     Problem,
     RunnerPage,
+    SweepReport,
     WebhookPage,
 )
 
@@ -55,6 +56,12 @@ def text(answer: BaseModel) -> str:
         case JournalPage():
             more = f"more: cursor={answer.next_cursor}\n" if answer.next_cursor else ""
             return table((*EVENTS[:2], "runner_id", "task_id", *EVENTS[2:]), map(_row, answer.items)) + more
+        case EnginePage(items=[]):
+            return "no engine is in use\n"
+        case WebhookPage(items=[]):
+            return "nobody is told of runners\n"
+        case SweepReport(items=[]) if not answer.problems:
+            return "engines hold nothing without a record\n"
         case EnginePage() | WebhookPage():
             return "\n".join("".join(lines(_row(item))) for item in answer.items)
         case PoolPage():

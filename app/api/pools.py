@@ -16,14 +16,16 @@ async def page(request: Request, response: Response, service: Service, who: Who)
     return plain.shown(request, response, answer) or answer
 
 
-@router.get("/{name}", summary="A pool and its use", response_model=PoolRecord, responses={200: plain.TEXT, **problems(404)})
+@router.get(
+    "/{name:path}", summary="A pool and its use", response_model=PoolRecord, responses={200: plain.TEXT, **problems(404)}
+)
 async def read(request: Request, response: Response, name: str, service: Service, who: Who) -> PoolRecord | Response:
     answer = _record(await service.pool_state(name, who))
     return plain.shown(request, response, answer) or answer
 
 
 @router.patch(
-    "/{name}",
+    "/{name:path}",
     summary="Switch a pool on or off",
     response_model=PoolRecord,
     responses={200: plain.TEXT, **problems(404, 413, 422)},

@@ -5,6 +5,7 @@ import random
 import re
 from http import HTTPStatus
 from math import ceil
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -61,6 +62,10 @@ LAUNCH_STATUS = {
 PLAIN_CODES = {HTTPStatus.BAD_REQUEST: "unparsable", HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "too-large"}
 """What the framework's refusals are called; others by their phrase, which must not change with the Python version."""
 
+WORDS = {"bool_parsing": "must be true or false"}
+"""What is said in place of pydantic's words, by the kind of fault."""
+
+NO_BODY = "a JSON body is needed"
 OTHERS_SLOT = "the slot is held by a runner of another pool"
 SPREAD_SECONDS = 5.0
 
@@ -127,11 +132,21 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _invalid(request: Request, error: Exception) -> Response:
     details = error.errors() if isinstance(error, RequestValidationError) else []
-    faults = [Fault(_pointer(each["loc"]), each["msg"]) for each in details]
+    faults = [Fault.at(_place(each["loc"]), WORDS.get(each["type"], each["msg"])) for each in details]
     text = "; ".join(f"{fault.pointer or 'the body'}: {fault.detail}" for fault in faults)
-    if any(each["type"] == "json_invalid" for each in details):
-        return _problem(request, HTTPStatus.BAD_REQUEST, "unparsable", f"not JSON: {details[0]['ctx']['error']}")
+    for each in details:
+        if each["type"] == "json_invalid":
+            return _problem(request, HTTPStatus.BAD_REQUEST, "unparsable", _not_json(error, each))
+        if each["type"] == "missing" and each["loc"] == ("body",):
+            return _problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, "invalid", NO_BODY, faults=[Fault("", NO_BODY)])
     return _problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, "invalid", text, faults=faults)
+
+
+def _not_json(error: Exception, detail: dict[str, Any]) -> str:
+    """Say what is no JSON, and where."""
+    text, place = str(getattr(error, "body", "")), int(detail["loc"][1])
+    line, column = text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
+    return f"not JSON: {detail['ctx']['error']} (line {line}, column {column})"
 
 
 async def _plain(request: Request, error: Exception) -> Response:
@@ -144,6 +159,13 @@ async def _plain(request: Request, error: Exception) -> Response:
         headers["Allow"] = ", ".join(_methods(request)) or headers.get("Allow", "")
     code = PLAIN_CODES.get(status) or status.phrase.lower().replace(" ", "-")
     text = f"{error.detail}: {error.__cause__}" if error.__cause__ else str(error.detail)
+    if status is HTTPStatus.NOT_FOUND:
+        text = f"nothing is at {request.url.path}; /openapi.json has every call"
+    if status is HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = headers["Allow"].split(", ")
+        text = (
+            f"{request.method} is not for {request.url.path}; {' and '.join(allowed)} {'is' if len(allowed) == 1 else 'are'}"
+        )
     return _problem(request, status, code, text, headers=headers)
 
 
@@ -190,10 +212,9 @@ def _problem(
     return Response(text, status, headers, media_type="application/problem+json")
 
 
-def _pointer(location: tuple[int | str, ...]) -> str:
-    """Write FastAPI's place of a fault as a JSON pointer; query and header parameters keep their kind in front."""
-    parts = location[1:] if location[:1] == ("body",) else location
-    return "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in parts)
+def _place(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Give the place in a body; query and header parameters keep their kind in front."""
+    return location[1:] if location[:1] == ("body",) else location
 
 
 def _retry_after(seconds: float | None, spread: float = SPREAD_SECONDS) -> str:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
-from pydantic import AfterValidator, BeforeValidator, StringConstraints, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse, StreamingResponse
 
@@ -54,6 +54,12 @@ def _written(moment: object) -> object:
     raise PydanticCustomError("no_moment", "must be a time such as 2026-01-05T09:30:00Z, or a time ago such as 10m or 1h30m")
 
 
+def _pair(label: str) -> str:
+    if label.find("=") < 1:
+        raise PydanticCustomError("no_label", "must look like key=value")
+    return label
+
+
 def _placed(moment: datetime) -> datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
@@ -66,7 +72,7 @@ Moment = Annotated[
     AfterValidator(_placed),
     WithJsonSchema({"anyOf": [{"type": "string", "format": "date-time"}, {"type": "string", "pattern": _SPAN}]}),
 ]
-Label = Annotated[str, StringConstraints(pattern=r"^[^=]+=")]
+Label = Annotated[str, AfterValidator(_pair), Field(json_schema_extra={"pattern": r"^[^=]+="})]
 Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
 
 

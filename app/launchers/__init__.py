@@ -25,7 +25,7 @@ def open_launcher(engine: str, state_dir: Path, installation: str) -> Launcher:
     library = _NEEDS.get(kind)
     if library and not importlib.util.find_spec(library):
         raise LaunchRejected(
-            f"{kind} pools need the library {library}: pip install 'runner-launcher[{kind}]'", Reason.CONFIG_ERROR
+            f"{kind} pools need the library {library}: in a clone, pip install ./client '.[{kind}]'", Reason.CONFIG_ERROR
         )
     if kind == "docker":
         from app.launchers.docker import DockerLauncher  # noqa: PLC0415 - likewise
