@@ -246,6 +246,20 @@ async def test_what_another_user_is_told_is_not_left_by_a_launch_that_a_crash_ha
     assert not list(Path(tempfile.gettempdir()).glob(f"{runner_id}*"))
 
 
+async def test_the_end_that_a_shim_of_an_earlier_version_noted_is_read(
+    launcher: LocalProcessLauncher, tmp_path: Path, place: Path, runner_id: str
+) -> None:
+    handle = await launcher.launch(runner_id, spec(tmp_path, runner_id, "true"))
+    await ended(launcher, handle)
+    (place / "exit").write_text("exit 7\n")
+    about = json.loads((place / "about.json").read_text())
+    del about["numbering"]
+    (place / "about.json").write_text(json.dumps(about))
+    async with aclosing(LocalProcessLauncher(tmp_path / "runners")) as later:
+        assert (await ended(later, handle)).code == 7
+        await later.remove(handle)
+
+
 async def test_whoever_cancels_a_close_finds_it_cancelled(tmp_path: Path, runner_id: str) -> None:
     launcher = LocalProcessLauncher(tmp_path / "runners")
     handle = await launcher.launch(runner_id, spec(tmp_path, runner_id, "true"))

@@ -107,7 +107,7 @@ class _End:
 
     code: int | None
     signal: str | None
-    ticks: int
+    ticks: int | None
     finished_at: float
 
 
@@ -378,11 +378,11 @@ class RunDirectory:
     def _end(self) -> _End | None:
         """Read what the shim has noted of the end; None if it has not."""
         with contextlib.suppress(OSError, ValueError):
-            how, number, uptime, *_ = (self.path / "exit").read_text().replace("\0", " ").split()
+            how, number, *uptime = (self.path / "exit").read_text().replace("\0", " ").split()
             return _End(
                 code=int(number) if how == "exit" else None,
                 signal=_signal_name(int(number)) if how == "signal" else None,
-                ticks=process_tree.ticks(uptime),
+                ticks=process_tree.ticks(uptime[0]) if uptime else None,  # which shims once did not note
                 finished_at=(self.path / "exit").stat().st_mtime,
             )
         return None
