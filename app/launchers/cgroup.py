@@ -9,6 +9,7 @@ Files and meanings: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/ of th
 """
 
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -60,8 +61,11 @@ class Group:
         """Give the numbers of the processes in it; subgroups that the runner made are its own."""
         for directory in self.directories[:1]:
             for group in _with_subgroups(directory):
-                with contextlib.suppress(OSError):
+                try:
                     yield from map(int, (group / "cgroup.procs").read_text().split())
+                except OSError as error:
+                    if error.errno not in (errno.ENOENT, errno.ENODEV):  # else it was just removed
+                        raise
 
     def kill(self) -> None:
         """Kill those that live in it in one go, where the kernel can (since 5.14, and not in version 1)."""
