@@ -878,9 +878,14 @@ async def live_runners(client: httpx.AsyncClient, slot: Path, ends: dict[int, st
     for number, end in ends.items():
         script = f"{COUNT} echo working; {UNTIL_TOLD} touch gone; {end}"
         runners[number] = await launched(client, launch_body(slot_of(slot, number), script, pool="docker"))
-    for number in ends:
+    for number, runner in runners.items():
         await until(partial(read, slot_of(slot, number) / "started"), SECONDS)
+        await until(partial(_runs, client, runner), SECONDS)
     return runners
+
+
+async def _runs(client: httpx.AsyncClient, runner: Json) -> bool:
+    return bool((await record_of(client, runner))["phase"] == "running")
 
 
 def let_go(slot: Path, *numbers: int) -> None:

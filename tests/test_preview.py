@@ -68,7 +68,7 @@ async def test_what_a_launch_refuses_a_preview_refuses_too(service: Service, slo
         await refused(launch_body(slot, pool="nowhere"), 422, "unknown-pool", "/pool")
         await refused(launch_body(slot, pool="broken"), 422, "launch-rejected", words="no such command")
         body = launch_body(slot)
-        body["slot"]["slot_path"] = "/no/such/place"
+        body["slot"]["slot_path"] = f"{slot}-that-is-not-there"
         await refused(body, 422, "no-such-slot-path", "/slot/slot_path")
         await refused({}, 422, "invalid", "/task", "/slot", "/pool")
 

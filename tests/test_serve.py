@@ -265,7 +265,8 @@ async def test_sighup_with_a_wrong_file_says_so_and_keeps_the_pools(
         else:
             (tmp_path / "pools.yaml").write_text(text)
         running.process.send_signal(signal.SIGHUP)
-        await running.says(f"the pools stay as they were: {tmp_path / 'pools.yaml'}: ")
+        setting = "RUNNER_LAUNCHER_POOLS_FILE: " if text is None else ""
+        await running.says(f"the pools stay as they were: {setting}{tmp_path / 'pools.yaml'}: ")
         await launched(client, launch_body(slot))
 
 

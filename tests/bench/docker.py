@@ -162,6 +162,7 @@ async def ends(service: Service, events: Events, name: str, options: argparse.Na
 
         async def ours(pool: str, number: int) -> tuple[str, float]:
             record, received = await service.until_end(client, await service.launch(client, pool, number))
+            await events.until_died(record["runner_id"])  # the service may hear of it first
             return record["runner_id"], received
 
         async def bare(number: int) -> tuple[str, float]:
