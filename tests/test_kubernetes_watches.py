@@ -113,7 +113,7 @@ async def test_a_log_that_is_cut_off_as_its_pod_goes_says_so(house: House) -> No
     await house.world.call("DELETE", f"pods/{pod}", {"gracePeriodSeconds": 2})
     kept = await until(lambda: house.launcher._kept.get(handle.runner_id), 60)
     assert kept
-    await kept.begun.wait()
+    await until(lambda: kept.after(None), 60)
 
     async def gone() -> bool:
         return await house.world.find(f"pods/{pod}") is None
