@@ -261,7 +261,7 @@ class Reconciler:
                 match decide(runner, seen.get(runner.runner_id), self._now(), self._since_of(runner)):
                     case Wait(until=until):
                         if until is not None:
-                            self._queue.add_after(runner.runner_id, until - self._now())
+                            self._queue.add_by(runner.runner_id, until - self._now())  # it may have changed meanwhile
                     case _:
                         self._queue.add(runner.runner_id)
 

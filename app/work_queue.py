@@ -36,6 +36,12 @@ class WorkQueue:
             timer.cancel()
         self._later[name] = asyncio.get_running_loop().call_later(max(0.0, seconds), self._due, name)
 
+    def add_by(self, name: str, seconds: float) -> None:
+        """Hand this name out after so long at the latest; an earlier wish stays."""
+        timer = self._later.get(name)
+        if timer is None or timer.when() > asyncio.get_running_loop().time() + seconds:
+            self.add_after(name, seconds)
+
     async def get(self) -> str:
         """Wait for a name; the caller must say ``done`` when it has handled it."""
         await self._wakeup.acquire()

@@ -139,6 +139,17 @@ async def test_a_later_wish_takes_the_place_of_an_earlier_one_whether_sooner_or_
     queue.close()
 
 
+async def test_a_wish_for_some_time_at_the_latest_puts_nothing_off() -> None:
+    queue = WorkQueue()
+    queue.add_after("sooner", LATER)
+    queue.add_by("sooner", NEVER)
+    queue.add_after("later", NEVER)
+    queue.add_by("later", 1.5 * LATER)
+    queue.add_by("only", 1.8 * LATER)
+    await asyncio.sleep(3 * LATER)
+    assert [await handled(queue) for _ in range(4)] == ["sooner", "later", "only", None]
+
+
 async def test_a_name_wished_for_now_needs_no_later() -> None:
     queue = WorkQueue()
     queue.add_after("a", LATER)
