@@ -40,7 +40,10 @@ from docker_engine import HOST, IMAGE, Api, PrivateEngine
 from docker_engine import _make_certificates as make_certificates
 from fault_table import End, Verdict
 
+from app.errors import LauncherUnavailable
+from app.launcher import LaunchSpec
 from app.launchers.container import INSTALLATION, NAME, RUNNER_ID
+from app.launchers.docker import DockerLauncher
 from app.main import create_app
 from app.settings import Settings
 
@@ -358,6 +361,28 @@ async def test_a_call_that_fails_or_whose_answer_is_lost_makes_one_container_sta
             assert "the disk is full" in told or deed in ("refuse", "drop")
         await verdict.judge(client, slot.parent, {runner["runner_id"]: ("failed", 3)}, docker.left)
         await docker.all_free(client, slot)
+
+
+@pytest.mark.timeout(60)
+async def test_no_call_is_waited_for_longer_than_a_call_may_take(docker: Docker, proxy: Proxy) -> None:
+    launcher = DockerLauncher(proxy.host, docker.installation, call_seconds=1)
+    spec = LaunchSpec(command=("sleep", "600"), environment={}, context=b"{}", options={"image": IMAGE})
+    handle = await launcher.launch(f"runner-{secrets.token_hex(6)}", spec)
+    proxy.spoil("", "hang", None)
+    calls = [
+        lambda: launcher.stop(handle, 10),
+        lambda: launcher.stop(handle, 0),
+        lambda: launcher.remove(handle),
+        lambda: launcher.observe([handle]),
+        launcher.list,
+        launcher.ping,
+    ]
+    for call in calls:
+        with pytest.raises(LauncherUnavailable):
+            await call()
+    proxy.heal()
+    await launcher.remove(handle)
+    await launcher.aclose()
 
 
 # Somebody behind our back.

@@ -44,11 +44,7 @@ from app.launchers.container import (
 from app.launchers.container_log import MAYBE_GAP, SLACK_SECONDS, Cursor, Frames, Lines
 from app.reason import Reason
 
-CALL_SECONDS = 60.0
 CONNECT_SECONDS = 5.0
-CALL = aiohttp.ClientTimeout(total=CALL_SECONDS, sock_connect=CONNECT_SECONDS)
-"""Kill and delete must be given it: aiodocker lets these two wait for ever."""
-
 IDLE_SECONDS = 60.0
 """After so much silence a stream is opened anew: a dead connection looks like an engine with nothing to say."""
 
@@ -89,11 +85,15 @@ class _Pull:
 class DockerLauncher:
     """Starts runners as containers. ``host`` is unix://PATH, tcp://HOST:PORT, http:// or https://.
 
-    With https, or with DOCKER_TLS_VERIFY set, the certificates are those of DOCKER_CERT_PATH, as for Docker's own client.
+    With https, or with DOCKER_TLS_VERIFY set, the certificates are those of DOCKER_CERT_PATH, as for Docker's own client. No
+    call but a stream takes longer than ``call_seconds``.
     """
 
-    def __init__(self, host: str, installation: str) -> None:
+    def __init__(self, host: str, installation: str, call_seconds: float = 60) -> None:
         self._host = host
+        self._call_seconds = call_seconds
+        # Kill and delete must be given it: aiodocker lets these two wait for ever.
+        self._in_time = aiohttp.ClientTimeout(total=call_seconds, sock_connect=CONNECT_SECONDS)
         self._installation = installation
         self._socket = Path(host.removeprefix("unix://")) if host.startswith("unix://") else None
         self._tls = _tls(host)
@@ -432,7 +432,7 @@ class DockerLauncher:
         try:
             with self._asking(f"stopping {handle.runner_id}", passes=(_NOT_FOUND, _CONFLICT)):
                 await self._docker.containers.container(container_id).kill(
-                    signal="SIGKILL" if grace <= 0 else "SIGTERM", timeout=CALL
+                    signal="SIGKILL" if grace <= 0 else "SIGTERM", timeout=self._in_time
                 )
             self._asked.add(container_id)
         except LauncherUnavailable as error:
@@ -468,11 +468,11 @@ class DockerLauncher:
     async def _delete(self, container_id: str) -> None:
         """Remove a container, killing it if need be, and wait until it is gone."""
         container = self._docker.containers.container(container_id)
-        deadline = time.monotonic() + CALL_SECONDS
+        deadline = time.monotonic() + self._call_seconds
         while True:
             try:
                 with self._asking("removing the container", passes=(_NOT_FOUND, _CONFLICT)):
-                    await container.delete(force=True, v=True, timeout=CALL)
+                    await container.delete(force=True, v=True, timeout=self._in_time)
             except DockerError as error:
                 if error.status == _NOT_FOUND:
                     return
@@ -704,7 +704,7 @@ class DockerLauncher:
         if self._closed.is_set():
             raise LauncherUnavailable("this launcher is closed", acted=False)
         if self._clients is None:
-            self._clients = self._client(CALL), self._client(aiohttp.ClientTimeout(sock_connect=CONNECT_SECONDS))
+            self._clients = self._client(self._in_time), self._client(aiohttp.ClientTimeout(sock_connect=CONNECT_SECONDS))
         return self._clients
 
     def _client(self, timeout: aiohttp.ClientTimeout) -> Docker:

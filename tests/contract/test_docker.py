@@ -4,8 +4,10 @@ What is true is read from that engine's API, from /proc and from files, not from
 """
 
 import asyncio
+import io
 import os
 import secrets
+import tarfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
@@ -277,6 +279,22 @@ class TestDocker(LauncherContract):
         assert (await self.end(first)).code == 0
         assert await self.read(first) == [b"hello"]
         assert await self.world.copies(first) == 1
+
+    async def test_a_container_that_was_begun_and_is_said_not_to_be_is_not_started(self) -> None:
+        """As an engine says that is killed while it starts one: the init process lies in the container by then."""
+        runner_id = new_id()
+        handle, spec = Handle(runner_id=runner_id), self.spec(HELLO, runner_id)
+        sent = container_config(runner_id, spec, installation=self.world.installation, owner=None, engine=Engine())
+        name, path = NAME + runner_id, "/sbin/docker-init"
+        self.world.engine.ask("/containers/create", method="POST", params={"name": name}, json={**sent, "User": "0:0"})
+        with tarfile.open(fileobj=(archive := io.BytesIO()), mode="w") as file:
+            file.addfile(tarfile.TarInfo(path.lstrip("/")))
+        put = f"/containers/{name}/archive?path=/"
+        self.world.engine.ask(put, method="PUT", content=archive.getvalue())
+        with pytest.raises(LauncherUnavailable, match="it is not started again"):
+            await self.launcher.launch(runner_id, spec)
+        assert self.world.inspect(handle)["State"]["Status"] == "created"
+        await self.launcher.remove(handle)
 
     async def test_a_command_that_cannot_be_run_says_so(self) -> None:
         runner_id = new_id()
