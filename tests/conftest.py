@@ -27,6 +27,7 @@ import yaml
 from blockbuster import BlockingError, blockbuster_ctx
 from typing_extensions import override
 
+from app.launchers.local_process import LocalProcessLauncher
 from app.main import create_app
 from app.settings import Settings
 
@@ -275,6 +276,16 @@ class Serve(Protocol):
         mishaps: bool = False,
         **settings: str,
     ) -> AbstractAsyncContextManager[Served]: ...
+
+
+@pytest.fixture
+async def launcher(tmp_path: Path) -> AsyncIterator[LocalProcessLauncher]:
+    """Starts local processes by itself, with no service about it."""
+    launcher = LocalProcessLauncher(tmp_path / "runners")
+    yield launcher
+    for found in await launcher.list():
+        await launcher.remove(found.handle)
+    await launcher.aclose()
 
 
 @pytest.fixture

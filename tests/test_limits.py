@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,15 +44,6 @@ def test_whoever_probes_at_the_same_time_finds_the_same() -> None:
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(lambda _: cgroup.Cgroups.probe(), range(400)))
     assert [each for each in found if each != cgroup.probed()] == []
-
-
-@pytest.fixture
-async def launcher(tmp_path: Path) -> AsyncIterator[LocalProcessLauncher]:
-    launcher = LocalProcessLauncher(tmp_path / "runners")
-    yield launcher
-    for found in await launcher.list():
-        await launcher.remove(found.handle)
-    await launcher.aclose()
 
 
 async def run(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import replace
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import read, until
-from engines import needs_root
+from engines import missing, needs_root
 
 from app.errors import LauncherUnavailable
 from app.launcher import Exit, Exited, Handle, LaunchSpec, Running, Starting
@@ -40,15 +40,6 @@ ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[__import__("platform").m
 
 
 @pytest.fixture
-async def launcher(tmp_path: Path) -> AsyncIterator[LocalProcessLauncher]:
-    launcher = LocalProcessLauncher(tmp_path / "runners")
-    yield launcher
-    for found in await launcher.list():
-        await launcher.remove(found.handle)
-    await launcher.aclose()
-
-
-@pytest.fixture
 def place(tmp_path: Path, runner_id: str) -> Path:
     return tmp_path / "runners" / runner_id
 
@@ -65,7 +56,7 @@ def freezer(runner_id: str) -> Iterator[Path]:
     try:
         group.mkdir()
     except OSError:
-        pytest.skip("this user may freeze no processes on this machine, so all of them can be killed")
+        missing("cgroup1", "this user may freeze no processes on this machine, so all of them can be killed")
     yield group
     (group / "freezer.state").write_text("THAWED")
     while read(group / "cgroup.procs"):
