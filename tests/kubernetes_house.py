@@ -78,11 +78,13 @@ class House:
         return handle
 
     async def said(self, handle: Handle, text: bytes) -> None:
-        async with asyncio.timeout(SECONDS):
-            async for line in self.launcher.logs(handle, follow=True):
-                if line.text == text:
-                    return
-        raise AssertionError(f"it never said {text!r}")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SECONDS):
+                async for line in self.launcher.logs(handle, follow=True):
+                    if line.text == text:
+                        return
+        pods = [pod["status"] for pod in await self.world.pods(handle.runner_id)]
+        raise AssertionError(f"it never said {text!r}; seen is {await self.see(handle)}; of its pods: {pods}")
 
     async def pod(self, handle: Handle) -> Json:
         (pod,) = await self.world.pods(handle.runner_id)

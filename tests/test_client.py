@@ -99,6 +99,11 @@ async def test_a_launch_gives_a_record_with_types_and_its_end_too(server: Served
 async def test_a_log_is_followed_as_it_is_written_and_to_its_end(server: Served, place: Path) -> None:
     async with client_of(server) as client:
         runner = await launch(client, launch_body(place, f"echo one; echo two\n{WAITS}printf three"))
+
+        async def written() -> bool:
+            return b"".join([piece async for piece in client.logs(runner.runner_id)]) == b"one\ntwo\n"
+
+        await until(written)
         seen = b""
         async for piece in client.logs(runner.runner_id, tail=1, follow=True):
             seen += piece

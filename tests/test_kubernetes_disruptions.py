@@ -176,14 +176,12 @@ async def test_a_pod_that_a_webhook_refuses_is_told_in_its_words_and_one_that_it
 
 
 async def test_a_runner_that_makes_room_for_a_pod_of_higher_priority_is_told_as_preempted(house: House) -> None:
-    most = await _most_of_a_node(house.world)
-    requests = {"requests": {"cpu": most}}
-    async with _priority(house.world, -1000) as low, _priority(house.world, -1) as high:
+    async with _only_seat(house.world) as seat, _priority(house.world, -1000) as low, _priority(house.world, -1) as high:
         template = {"spec": {"template": {"spec": {"priorityClassName": low}}}}
         script = "trap 'echo bye; exit 9' TERM; echo ready; while :; do sleep 0.05; done"
-        handle = await house.launch(script, job_template=template, resources=requests)
+        handle = await house.launch(script, job_template=template, resources={"limits": {seat: 1}})
         await house.said(handle, b"ready")
-        container = {"name": "x", "image": IMAGE, "command": ["true"], "resources": requests}
+        container = {"name": "x", "image": IMAGE, "command": ["true"], "resources": {"limits": {seat: "1"}}}
         pod = {"priorityClassName": high, "restartPolicy": "Never", "containers": [container]}
         await house.world.call("POST", "pods", {"metadata": {"name": "comes-first"}, "spec": pod})
         try:
@@ -199,11 +197,21 @@ async def test_a_runner_that_makes_room_for_a_pod_of_higher_priority_is_told_as_
             await house.world.call("DELETE", "pods/comes-first", {"gracePeriodSeconds": 0})
 
 
-async def _most_of_a_node(world: World) -> float:
-    """So many cores that a node has not room for two of it."""
+@asynccontextmanager
+async def _only_seat(world: World) -> AsyncIterator[str]:
+    """Something that a node has one of and no other pod asks for: whatever else runs there makes no difference."""
     nodes = (await world.call("GET", "/api/v1/nodes"))["items"]
-    cores = [node["status"]["allocatable"]["cpu"] for node in nodes]
-    return 0.6 * max(float(cpu[:-1]) / 1000 if cpu.endswith("m") else float(cpu) for cpu in cores)
+    node = next(each["metadata"]["name"] for each in nodes if not each["spec"].get("taints"))
+    seat, path = f"runner-launcher.test/{uuid4().hex[:8]}", f"/api/v1/nodes/{node}/status"
+
+    async def set_to(amount: str | None) -> None:
+        await world.call("PATCH", path, {"status": {"capacity": {seat: amount}, "allocatable": {seat: amount}}})
+
+    await set_to("1")
+    try:
+        yield seat
+    finally:
+        await set_to(None)
 
 
 @asynccontextmanager
