@@ -5,7 +5,7 @@ The unique indexes over live rows are the slot guard: they hold even against a d
 
 from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, text
 
-HEAD = "0008"
+HEAD = "0009"
 """The migration that this code expects; a test compares it with the scripts."""
 
 metadata = MetaData()
@@ -35,6 +35,7 @@ runners = Table(
     Column("body", Text, nullable=False),
     Column("log_kept_by", String),  # the node that kept the log
     Column("placed_at", Float),
+    Column("home", String),
     sqlite_autoincrement=True,
 )
 Index("runners_live_slot", runners.c.slot_id, unique=True, sqlite_where=LIVE, postgresql_where=LIVE)

@@ -3,6 +3,7 @@
 Every change of a runner is conditional on the revision it was decided on, and carries its event.
 """
 
+import contextlib
 import functools
 import math
 import re
@@ -17,7 +18,7 @@ from sqlalchemy import Connection, Row
 
 from app import postgres
 from app.database import BATCH, Database, Fence, Write
-from app.errors import AmbiguousId, InvalidRequest, NotFound, PoolFull, SlotBusy
+from app.errors import AmbiguousId, InvalidRequest, NotFound, PoolFull, SlotBusy, Unavailable
 from app.events import Change, Event
 from app.launcher import LaunchSpec
 from app.pools import Rate, Usage
@@ -268,7 +269,8 @@ class Store:
     async def hint(self, text: str) -> None:
         """Tell all replicas something short, which they may miss; nothing where nobody shares this database."""
         if self.shared:
-            await self.database.hint(text)
+            with contextlib.suppress(Unavailable):
+                await self.database.hint(text)
 
     def heed(self, listener: Callable[[str], None]) -> None:
         """Call this on the event loop with what replicas hint."""
@@ -343,11 +345,11 @@ class Store:
 
         return await self._read(read)
 
-    async def queued(self, pool_name: str) -> list[str]:
-        """Give the ids of the runners that wait for a place in a pool, the next one first."""
+    async def next_in_line(self, pool_name: str, home: str | None = None) -> str | None:
+        """Give the id of the runner that waits longest for a place in a pool, of those bound to this node or to none."""
         if not (self._waiting or self.shared):  # as every end asks
-            return []
-        return await self._read(lambda connection: list(connection.execute(_QUEUED, {"pool": pool_name}).scalars()))
+            return None
+        return await self._read(lambda connection: _next_in_line(connection, pool_name, home))
 
     async def known(self, runner_ids: Sequence[str]) -> dict[str, bool]:
         """Say which of these are on record, and whether they are done with: ended, and nothing left of them."""
@@ -487,6 +489,12 @@ def _turn(connection: Connection, pool_name: str, rate: Rate | None, now: float)
     return 0 if earliest is None else max(0.0, earliest + rate.seconds - now)
 
 
+def _next_in_line(connection: Connection, pool_name: str, home: str | None) -> str | None:
+    """Name who is next. Each node has a line of its own: whoever waits for one that is away holds up no other."""
+    first: str | None = connection.execute(_NEXT_IN_LINE, {"pool": pool_name, "home": home}).scalar()
+    return first
+
+
 def _admit(
     connection: Connection,
     changes: list[Change],
@@ -496,11 +504,7 @@ def _admit(
     rate: Rate | None,
     now: float,
 ) -> float:
-    first = sa.select(sa.func.min(runners.c.seq)).where(
-        LIVE, runners.c.pool_name == runner.pool_name, runners.c.phase == Phase.QUEUED
-    )
-    mine = sa.select(runners.c.seq).where(runners.c.runner_id == runner.runner_id)
-    if connection.execute(first).scalar() != connection.execute(mine).scalar():
+    if _next_in_line(connection, runner.pool_name, runner.home) != runner.runner_id:
         return math.inf
     if refusal(_pool_use(connection, runner.pool_name)[0]):
         return math.inf
@@ -753,7 +757,13 @@ _HOLDER = sa.union_all(  # with OR SQLite would look through all live runners
 ).limit(1)
 _POOL_SUMS = _sums().add_columns(runners.c.phase).where(_OF_POOL).group_by(runners.c.phase)
 _ALL_QUEUED = sa.select(runners.c.runner_id).where(LIVE, runners.c.phase == Phase.QUEUED)
-_QUEUED = sa.select(runners.c.runner_id).where(LIVE, _OF_POOL, runners.c.phase == Phase.QUEUED).order_by(runners.c.seq)
+_NEXT_IN_LINE = (
+    sa.select(runners.c.runner_id)
+    .where(LIVE, _OF_POOL, runners.c.phase == Phase.QUEUED)
+    .where(runners.c.home.is_(None) | (runners.c.home == sa.bindparam("home")))
+    .order_by(runners.c.seq)
+    .limit(1)
+)
 _SWITCHES = sa.select(pool_switches.c.pool_name, pool_switches.c.enabled)
 _SPEC = sa.select(specs.c.spec).where(specs.c.runner_id == sa.bindparam("id"))
 _BY_KEY = sa.select(idempotency_keys.c.request_sha256, idempotency_keys.c.runner_id).where(
@@ -789,6 +799,7 @@ def _columns(runner: Runner) -> dict[str, Any]:
         "cpu": runner.cpu,
         "memory_mib": runner.memory_mib,
         "placed_at": runner.placed_at,
+        "home": runner.home,
         "last_heartbeat": runner.last_heartbeat,
         "cleaned": runner.cleaned,
         "body": _runner.dump_json(runner).decode(),

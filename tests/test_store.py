@@ -274,7 +274,7 @@ async def test_who_finds_the_pool_full_may_wait_up_to_its_limit(store: Store) ->
         assert (await store.history(runner.runner_id))[0].message == "1 of 1 places are taken"
     with pytest.raises(PoolFull):
         await store.intend(intent(make(4), **wishes))
-    assert await store.queued("local") == [make(2).runner_id, make(3).runner_id]
+    assert await store.next_in_line("local") == make(2).runner_id
     assert await store.queue_lengths() == {"local": 2}
 
 
@@ -296,6 +296,16 @@ async def test_only_the_first_in_the_queue_is_admitted_and_only_if_there_is_room
     assert runner == replace(admitted(first, T + 9), revision=runner.revision)
     assert await store.admit(first, unlimited, T + 9) == math.inf
     assert await store.admit(second, unlimited, T + 9) == 0
+
+
+async def test_who_waits_for_one_node_holds_up_nobody_who_waits_for_another(store: Store) -> None:
+    bound = [await put(store, number, phase=Phase.QUEUED, home=home) for number, home in enumerate("aab", 1)]
+    assert await store.next_in_line("local", "b") == bound[2].runner_id
+    assert await store.next_in_line("local", "c") is None
+    assert await store.admit(bound[1], unlimited, T + 9) == math.inf
+    assert await store.admit(bound[2], unlimited, T + 9) == 0
+    anywhere = await put(store, 4, phase=Phase.QUEUED)
+    assert await store.admit(anywhere, unlimited, T + 9) == 0
 
 
 def begun(number: int, at: float, **facts: Any) -> Runner:  # noqa: ANN401 - the fields of Runner
@@ -761,8 +771,8 @@ async def test_live_runners_are_told_by_what_they_need(store: Store) -> None:
     await store.forget_spec(gone.runner_id)
     assert await store.accepted("local-process") == [running]
     assert await store.unclean() == [starting.runner_id, runner.runner_id, queued.runner_id, ended.runner_id]
-    assert await store.queued("other") == [queued.runner_id]
-    assert await store.queued("local") == []
+    assert await store.next_in_line("other") == queued.runner_id
+    assert await store.next_in_line("local") is None
 
 
 MANY = 4000
@@ -784,7 +794,7 @@ QUERIES: dict[str, Callable[[Store, Runner, Runner], Awaitable[object]]] = {
     "spec": lambda store, runner, _: by_the_database(store, runner).spec(runner.runner_id),
     "unclean": lambda store, _, __: store.unclean(),
     "accepted": lambda store, _, __: store.accepted("local-process"),
-    "queued": lambda store, _, __: store.queued("local"),
+    "next in line": lambda store, _, __: store.next_in_line("local", "a"),
     "replayed": lambda store, _, __: store.replayed("ann", "k", "body"),
     "history": lambda store, runner, _: store.history(runner.runner_id),
     "usage": lambda store, _, __: store.usage(),
@@ -956,9 +966,11 @@ async def test_the_migrations_make_the_tables_of_the_code(store: Store, path: Pa
 
 
 @on_sqlite
-async def test_labels_of_before_there_was_a_table_of_them_are_found(path: Path, database: Database) -> None:
+async def test_what_was_there_before_its_table_or_column_is_found(path: Path, database: Database) -> None:
     async with opened(database) as store:
         await add(store, 1, labels={"team": "core"})
+        await put(store, 2, phase=Phase.QUEUED, home="a")
+        await put(store, 3, phase=Phase.QUEUED, home="b")
     with contextlib.closing(sqlite3.connect(path)) as connection:
         for name in (
             "runner_labels",
@@ -972,13 +984,14 @@ async def test_labels_of_before_there_was_a_table_of_them_are_found(path: Path, 
             connection.execute(f"DROP TABLE {name}")
         connection.execute("DROP INDEX idempotency_keys_runner")
         connection.execute("DROP INDEX runners_placed")
-        connection.execute("ALTER TABLE runners DROP COLUMN placed_at")
-        connection.execute("ALTER TABLE runners DROP COLUMN log_kept_by")
+        for name in ("placed_at", "log_kept_by", "home"):
+            connection.execute(f"ALTER TABLE runners DROP COLUMN {name}")
         connection.execute("UPDATE alembic_version SET version_num = '0001'")
         connection.commit()
     async with opened(database) as store:
         page, _ = await store.page(Filter(labels=(("team", "core"),)))
         assert [runner.runner_id for runner in page] == [make(1).runner_id]
+        assert [await store.next_in_line("local", home) for home in "ab"] == [make(2).runner_id, make(3).runner_id]
 
 
 async def test_an_end_that_came_before_a_stop_is_not_told_as_that_stop(store: Store) -> None:
