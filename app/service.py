@@ -49,7 +49,7 @@ from app.reconciler import Reconciler, Stray
 from app.redaction import redacted, without_secrets
 from app.runner import Phase, Runner, finished, identity, stop_asked
 from app.settings import Settings
-from app.slots import named_place, real_place
+from app.slots import LOOK_SECONDS, look_at, named_place, real_place
 from app.store import Filter, Intent, Store
 
 if TYPE_CHECKING:
@@ -221,8 +221,13 @@ class RunnerService:
         """Find where a slot really is, for pools whose runners work there; on another machine nobody can follow links."""
         if not pool.works_in_slot:
             return None
-        find = real_place if pool.enters_slot else named_place
-        return await asyncio.to_thread(find, slot.slot_path, self._settings.slot_roots)
+        path, roots = slot.slot_path, self._settings.slot_roots
+        if not pool.enters_slot:
+            return named_place(path, roots)
+        try:
+            return await look_at(path, lambda: real_place(path, roots))
+        except TimeoutError as error:
+            raise Unavailable(str(error), code="slot-silent", retry_after=LOOK_SECONDS) from error
 
     def _prepare(self, request: LaunchRequest, pool: Pool, place: str | None, traceparent: str) -> tuple[Runner, LaunchSpec]:
         """Make a runner of a request, as it starts if there is room, and how to launch it."""
@@ -511,8 +516,8 @@ class RunnerService:
 
     async def reload_pools(self, path: Path | None) -> None:
         """Read the pool file again; a wrong one raises ConfigurationError and changes nothing."""
-        self.pools = await asyncio.to_thread(load_pools, path)
-        for name in await self._store.queue_lengths():
+        before, self.pools = self.pools, await asyncio.to_thread(load_pools, path)
+        for name in {**before.by_name, **self.pools.by_name}:
             await self._reconciler.wake_queue(name)
 
     async def store_answers(self) -> bool:

@@ -1,23 +1,77 @@
 """Where a slot really is, and whether runners may work there.
 
 A path in a request names a directory of this machine, so it is checked against the operator's roots after every symbolic
-link in it is followed; what is entered later is the real path, not the one that was given. Blocks.
+link in it is followed; what is entered later is the real path, not the one that was given. Slots may lie on a network disk
+that does not answer, for hours: whoever looks there does it by ``look_at``.
 """
 
+import asyncio
+import contextlib
 import posixpath
 import stat
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
+from typing import TypeVar
 
 from app.errors import Fault, InvalidRequest
 
 POINTER = "/slot/slot_path"
 
+LOOK_SECONDS = 5.0
+"""How long a look at a slot may take."""
+
+T = TypeVar("T")
+
+_looks: dict[int, tuple[str, float]] = {}
+"""In which directory each look that goes on is, and since when."""
+
 _OUTSIDE = "is not under any of the slot roots (RUNNER_LAUNCHER_SLOT_ROOTS)"
 
 
+async def look_at(path: str, see: Callable[[], T], undo: Callable[[T], None] | None = None) -> T:
+    """Do what looks at a slot, and may block there; what comes too late is undone.
+
+    Each look has a thread of its own, which the process does not wait for at its end: a disk that does not answer holds up
+    nobody else. Raises TimeoutError, at once where a look beside this one waits in vain.
+    """
+    directory, now = posixpath.dirname(path), time.monotonic()
+    if any(where == directory and now - since > LOOK_SECONDS for where, since in list(_looks.values())):
+        raise TimeoutError(f"{path} does not answer: its disk may be away")
+    answer: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            seen = see()
+        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+            with contextlib.suppress(InvalidStateError):
+                answer.set_exception(error)
+        else:
+            try:
+                answer.set_result(seen)
+            except InvalidStateError:  # nobody waits any more
+                if undo:
+                    undo(seen)
+        finally:
+            del _looks[id(answer)]
+
+    _looks[id(answer)] = directory, now
+    threading.Thread(target=work, name=f"look at {path}", daemon=True).start()
+    try:
+        async with asyncio.timeout(LOOK_SECONDS):
+            return await asyncio.wrap_future(answer)
+    except BaseException as error:
+        if not answer.cancel() and undo and not answer.exception():  # it came at that very moment
+            undo(answer.result())
+        if isinstance(error, TimeoutError):
+            raise TimeoutError(f"{path} does not answer within {LOOK_SECONDS:g} s: its disk may be away") from None
+        raise
+
+
 def real_place(slot_path: str, roots: Sequence[Path]) -> str:
-    """Give the real path of a slot. Raises InvalidRequest unless it is a directory under one of the roots."""
+    """Give the real path of a slot. Raises InvalidRequest unless it is a directory under one of the roots. Blocks."""
     if not roots:
         raise _refused("no slot may be entered: RUNNER_LAUNCHER_SLOT_ROOTS is empty", "slot-outside-roots")
     try:

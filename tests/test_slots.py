@@ -1,11 +1,25 @@
-"""Slots on machines that cannot be looked at: their paths are judged by what they say."""
+"""Slots on machines that cannot be looked at, whose paths are judged by what they say; and on disks that do not answer."""
 
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+from conftest import SECONDS, Serve, finished, launch_body, launched, problem, until
+from launcher_contract import new_id
 
-from app.errors import InvalidRequest
-from app.slots import named_place
+from app import slots
+from app.errors import InvalidRequest, LauncherUnavailable, LaunchRejected
+from app.launcher import LaunchSpec
+from app.launchers.local_process import LocalProcessLauncher
+from app.slots import look_at, named_place
 
 ROOTS = (Path("/slots"), Path("/mnt/more/"))
 
@@ -28,3 +42,92 @@ def test_a_path_that_leads_elsewhere_is_refused(slot_path: str) -> None:
 def test_without_roots_nothing_may_be_mounted() -> None:
     with pytest.raises(InvalidRequest, match="SLOT_ROOTS is empty"):
         named_place("/slots/a", ())
+
+
+# Disks that do not answer.
+
+
+MNT_DETACH = 2
+Disk = tuple[Path, Callable[[], None]]
+
+
+@pytest.fixture
+def silent_disk(tmp_path: Path) -> Iterator[Disk]:
+    """A directory of a file system whose server never answers, as with a network disk that is away; and what ends that."""
+    directory, libc = tmp_path / "slots" / "lost", ctypes.CDLL(None, use_errno=True)
+    directory.mkdir(parents=True)
+    try:
+        server = os.open("/dev/fuse", os.O_RDWR)
+    except OSError as error:
+        pytest.skip(f"no file system can be served here: {error}")
+    told = f"fd={server},rootmode=40000,user_id=0,group_id=0".encode()
+    if libc.mount(b"lost", os.fsencode(directory), b"fuse", 0, told):
+        os.close(server)
+        pytest.skip(f"nothing may be mounted here: {os.strerror(ctypes.get_errno())}")
+    with contextlib.ExitStack() as mounted:
+        mounted.callback(libc.umount2, os.fsencode(directory), MNT_DETACH)
+        mounted.callback(os.close, server)
+        yield directory, mounted.close
+
+
+async def test_slots_on_a_disk_that_does_not_answer_are_refused_and_hold_up_nobody_else(
+    serve: Serve, slot: Path, silent_disk: Disk
+) -> None:
+    lost, _ = silent_disk
+    async with serve() as running:
+        async with running.client() as client:
+            body = launch_body(slot, "echo here")
+
+            async def launch_there(number: int) -> httpx.Response:
+                there = {"slot_id": f"s{number}", "slot_path": str(lost / f"s{number}")}
+                return await client.post("/runners", json={**body, "slot": {**body["slot"], **there}})
+
+            asking = [asyncio.create_task(launch_there(number)) for number in range(40)]  # more than threads that all share
+            ended = await finished(client, await launched(client, body))
+            assert (await client.get(f"/runners/{ended['runner_id']}/logs")).text == "here\n"
+            for answer in await asyncio.gather(*asking):
+                problem(answer, 503, "slot-silent", words="does not answer")
+        began = time.monotonic()
+        await running.end(signal.SIGTERM)
+        assert time.monotonic() < began + SECONDS
+
+
+async def test_a_launch_in_a_directory_that_does_not_answer_says_so_and_did_nothing(
+    launcher: LocalProcessLauncher, silent_disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost, end = silent_disk
+    monkeypatch.setattr(slots, "LOOK_SECONDS", 0.2)
+    runner_id = new_id()
+    spec = LaunchSpec(command=("true",), environment={}, context=b"{}", working_dir=str(lost / "s"))
+    with pytest.raises(LauncherUnavailable, match=r"does not answer within 0\.2 s") as silent:
+        await launcher.launch(runner_id, spec)
+    assert not silent.value.acted
+    assert await launcher.list() == []
+    with pytest.raises(LauncherUnavailable, match="its disk may be away"):  # at once, with no thread more
+        await launcher.launch(runner_id, spec)
+    assert len([thread for thread in threading.enumerate() if thread.name.startswith("look at")]) == 1
+    end()
+
+    async def answers() -> None:
+        with contextlib.suppress(LauncherUnavailable):
+            await launcher.launch(runner_id, spec)
+
+    with pytest.raises(LaunchRejected, match="is not a directory"):
+        await until(answers)
+
+
+async def test_what_a_late_look_has_opened_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "LOOK_SECONDS", 0.05)
+    go, undone = threading.Event(), list[str]()
+
+    def see() -> str:
+        go.wait()
+        return "opened"
+
+    with pytest.raises(TimeoutError, match=r"/slots/a does not answer within 0\.05 s"):
+        await look_at("/slots/a", see, undone.append)
+    assert not undone
+    go.set()
+    await until(lambda: undone == ["opened"])
+    assert await look_at("/slots/a", see, undone.append) == "opened"
+    assert undone == ["opened"]

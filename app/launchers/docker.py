@@ -43,6 +43,7 @@ from app.launchers.container import (
 )
 from app.launchers.container_log import MAYBE_GAP, SLACK_SECONDS, Cursor, Frames, Lines
 from app.reason import Reason
+from app.slots import look_at
 
 CONNECT_SECONDS = 5.0
 IDLE_SECONDS = 60.0
@@ -116,7 +117,7 @@ class DockerLauncher:
         await self._orders_done(runner_id, "create", "start")
         engine = await self._engine()
         try:
-            owner = await asyncio.to_thread(self._look_at_slot, spec)
+            owner = await self._slot_owner(spec)
             config = container_config(runner_id, spec, installation=self._installation, owner=owner, engine=engine)
             await self._check_volumes(spec)
         except LaunchRejected:
@@ -146,8 +147,15 @@ class DockerLauncher:
                 raise LauncherUnavailable(f"after the pull: {again.message}") from again
         return await self._begin(runner_id, container_id, spec)
 
+    async def _slot_owner(self, spec: LaunchSpec) -> tuple[int, int] | None:
+        """Tell who owns the slot, if the engine is on this machine. Raises LaunchRejected, LauncherUnavailable."""
+        try:
+            return await look_at(spec.working_dir or "/", lambda: self._look_at_slot(spec))
+        except TimeoutError as error:
+            raise LauncherUnavailable(str(error), acted=False) from error
+
     def _look_at_slot(self, spec: LaunchSpec) -> tuple[int, int] | None:
-        """Tell who owns the slot, if the engine is on this machine. Raises LaunchRejected. Blocks."""
+        """Do that; blocks."""
         if not self._socket or not spec.working_dir:
             return None
         if self._socket.resolve().is_relative_to(Path(spec.working_dir).resolve()):
@@ -212,7 +220,7 @@ class DockerLauncher:
                     if _status(about) != "created":
                         return handle
                     await self._check_never_begun(container_id)
-                await asyncio.to_thread(self._look_at_slot, spec)  # once more: a pull may have taken minutes
+                await self._slot_owner(spec)  # once more: a pull may have taken minutes
                 with self._asking("starting the container", refused=Reason.LAUNCH_REJECTED):
                     await self._to_its_end(runner_id, container.start(), "start")
         except LaunchRejected:

@@ -32,9 +32,10 @@ from app import open_files
 from app.errors import LauncherUnavailable, LaunchRejected, RunnerGone
 from app.launcher import Exited, Found, Gone, Handle, LaunchSpec, LogLine, Observation, Running, Starting
 from app.launchers import cgroup
-from app.launchers.run_directory import Look, RunDirectory, command_of
+from app.launchers.run_directory import Entered, Look, RunDirectory, command_of
 from app.logs import LogFile
 from app.reason import Reason
+from app.slots import look_at
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,6 @@ class _Start:
     log: BinaryIO
 
     def close(self) -> None:
-        os.close(self.directory)
         self.log.close()
 
 
@@ -99,15 +99,19 @@ class LocalProcessLauncher:
         progress: Callable[[str], None] | None = None,  # noqa: ARG002 - it takes milliseconds
     ) -> Handle:
         place = self._place(runner_id)
-        start = await _in_thread(self._prepare, place, spec, undo=_close)
-        try:
-            if start:
-                with contextlib.closing(start):
+        with contextlib.ExitStack() as opened:
+            start = None
+            if entered := await _enter(place, spec):
+                opened.callback(entered.close)
+                start = await _in_thread(self._prepare, place, spec, entered, undo=_close)
+                opened.callback(start.close)
+            try:
+                if start:
                     await _start_shim(start, spec.working_dir, self._start_seconds)
-            return (await self._launched(place)).handle
-        except LauncherUnavailable as error:
-            error.acted = True  # there is a run directory, and maybe a shim that lives
-            raise
+                return (await self._launched(place)).handle
+            except LauncherUnavailable as error:
+                error.acted = True  # there is a run directory, and maybe a shim that lives
+                raise
 
     async def _launched(self, place: RunDirectory) -> _Run:
         run = await self._find(place.runner_id)
@@ -209,17 +213,15 @@ class LocalProcessLauncher:
     def _place(self, runner_id: str) -> RunDirectory:
         return RunDirectory(self._directory / runner_id)
 
-    def _prepare(self, place: RunDirectory, spec: LaunchSpec) -> _Start | None:
-        """Lay out all that a shim needs: the log, the shim's command and its environment; None if it was started before."""
-        prepared = place.prepare(spec, cgroup.probed(), self._node)
-        if prepared is None:
-            return None
+    def _prepare(self, place: RunDirectory, spec: LaunchSpec, entered: Entered) -> _Start:
+        """Lay out all that a shim needs: the log, the shim's command and its environment."""
+        prepared = place.prepare(spec, entered.account, cgroup.probed(), self._node)
         deadline = "-" if spec.run_timeout_seconds is None else f"{spec.run_timeout_seconds + SHIM_SLACK_SECONDS:.3f}"
         grace = f"{spec.stop_grace_seconds:.3f}"
         setsid, sleep = _tool("setsid"), _tool("sleep")
         shim = (setsid, _shell(), str(SHIM), str(place.path), deadline, grace, self._open_files, setsid, sleep)
         command = (*shim, *_with_default_signals(), *prepared.prefix, *(spec.command or ()))
-        return _Start(command, prepared.environment, prepared.directory, prepared.log)
+        return _Start(command, prepared.environment, entered.directory, prepared.log)
 
     async def _find(self, runner_id: str) -> _Run | None:
         """Give a runner that was started by whomever, watched from now on; None if none was."""
@@ -285,6 +287,14 @@ def _about() -> Mapping[str, JsonValue]:
     }
 
 
+async def _enter(place: RunDirectory, spec: LaunchSpec) -> Entered | None:
+    """Look at where a runner is to work; None if it was started there before."""
+    try:
+        return await look_at(spec.working_dir or "/", lambda: place.enter(spec), undo=_close)
+    except OSError as error:
+        raise LauncherUnavailable(str(error), acted=False) from error
+
+
 async def _in_thread(call: Callable[..., T], *arguments: object, undo: Callable[[T], None] | None = None) -> T:
     """Do what blocks in a thread, and wait for its end also when cancelled: it goes on anyway, and may hold what to undo."""
     context = contextvars.copy_context()  # as to_thread has it, which would need a task here
@@ -317,9 +327,9 @@ def _insist(gone: bool, handle: Handle) -> None:  # noqa: FBT001 - it is all the
         raise LauncherUnavailable(f"{handle.runner_id} has processes that do not die")
 
 
-def _close(start: _Start | None) -> None:
-    if start:
-        start.close()
+def _close(opened: _Start | Entered | None) -> None:
+    if opened:
+        opened.close()
 
 
 def _close_fifo(look: Look | None) -> None:

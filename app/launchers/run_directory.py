@@ -77,13 +77,21 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """What is left to do after the directory is laid out: start the shim with this.
+class Entered:
+    """Where a runner is to work, and as whom. The directory is open: nobody can put another one in its place any more."""
 
-    Directory and log are open, so nobody can put others in their place any more.
-    """
-
+    account: Account | None
     directory: int
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        os.close(self.directory)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is left to do after the run directory is laid out: start the shim with this, and its log, which is open."""
+
     log: BinaryIO
     prefix: tuple[str, ...]
     environment: Mapping[str, str]
@@ -132,17 +140,19 @@ class RunDirectory:
 
     # Before the start.
 
-    def prepare(self, spec: LaunchSpec, cgroups: Cgroups, node: str) -> Prepared | None:
-        """Lay out what the shim and the runner need; None if a shim has claimed the place already.
+    def enter(self, spec: LaunchSpec) -> Entered | None:
+        """Look at where the runner is to work; None if a shim has claimed the place already.
 
-        Raises LaunchRejected for a command, directory or user that surely does not work, LauncherUnavailable.
+        Raises LaunchRejected for a command, directory or user that surely does not work, OSError.
         """
         if (self.path / "claim").exists():
             return None
-        account = _check(spec)
+        return Entered(_check(spec), _enter(spec))
+
+    def prepare(self, spec: LaunchSpec, account: Account | None, cgroups: Cgroups, node: str) -> Prepared:
+        """Lay out what the shim and the runner need. Raises LaunchRejected, LauncherUnavailable."""
         prefix = account.prefix if account else ()
         fresh = not self.path.exists()
-        directory = _enter(spec)
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             context, environment = self._tell(spec, account)
@@ -169,12 +179,11 @@ class RunDirectory:
                 os.mkfifo(self.path / "alive", 0o600)
             log = open(self.log, "ab", opener=_private)  # noqa: SIM115 - closed by whoever starts the shim
         except OSError as error:
-            os.close(directory)
             if fresh:
                 with contextlib.suppress(LauncherUnavailable, OSError):
                     self.remove()
             raise LauncherUnavailable(f"cannot prepare {self.runner_id}: {error}", acted=False) from error
-        return Prepared(directory, log, prefix, environment)
+        return Prepared(log, prefix, environment)
 
     def _tell(self, spec: LaunchSpec, account: Account | None) -> tuple[Path, dict[str, str]]:
         """Put the context where the runner can read it, and its environment too if it is another user, who cannot come here.

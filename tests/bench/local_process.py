@@ -79,9 +79,11 @@ class Shims(Side):
         pattern = self._runs / "pattern"
         spec = spec_of(pattern.name, self._slots / "slot-0", ("true",))
         self._spec = replace(spec, environment={**spec.environment, "PATH": os.environ["PATH"]})
-        prepared = LocalProcessLauncher(self._runs)._prepare(RunDirectory(pattern), self._spec)
-        assert prepared
+        entered = RunDirectory(pattern).enter(self._spec)
+        assert entered
+        prepared = LocalProcessLauncher(self._runs)._prepare(RunDirectory(pattern), self._spec, entered)
         prepared.close()
+        entered.close()
         self._pattern, self._command, self._environment = str(pattern), prepared.command, prepared.environment
         RunDirectory(pattern).remove()
 
