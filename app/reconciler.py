@@ -280,8 +280,7 @@ class Reconciler:
     async def _hand_over(self, key: str) -> None:
         """Have the next owner find what comes of an order that we gave too late."""
         await asyncio.sleep(LATE_SECONDS)
-        with contextlib.suppress(Unavailable):  # then it is found in its time
-            await self._store.hint(SWEEP + key)
+        await self._store.hint(SWEEP + key)
 
     async def _sweep_under(self, key: str) -> None:
         for name in {pool.engine for pool in self._pools().values()} | set(self._engines):
@@ -336,7 +335,7 @@ class Reconciler:
 
     async def _look_at_first(self, pool_name: str) -> None:
         """Look at the first that waits for a place in a pool."""
-        for runner_id in (await self._store.queued(pool_name))[:1]:
+        if runner_id := await self._store.next_in_line(pool_name, self._ownership.node):
             self._queue.add(runner_id)
 
     def _back_off(self, name: str) -> float:
@@ -632,7 +631,10 @@ class Reconciler:
         pool = self._pools().get(runner.pool_name)
 
         def refusal(usage: Usage) -> str | None:
-            return pool.refusal(usage) if pool else None  # a pool taken out of its file still serves what it accepted
+            if pool:
+                return pool.refusal(usage)
+            # A pool taken out of its file still serves what it accepted: one after another, for its limits went with it.
+            return "it is in no pool file" if usage.runners else None
 
         left = runner.launch_deadline - self._now()
         if (breaker := self.breaker(runner.engine)).open:

@@ -777,14 +777,17 @@ async def test_when_the_first_in_the_queue_is_cancelled_the_next_gets_its_turn(h
 
 
 @simulated
-async def test_a_pool_taken_out_of_the_file_serves_what_it_accepted(house: House) -> None:
-    house.pools = {"local": pool(places=1)}
-    running = await house.launch()
-    waiting = await house.launch()
+async def test_a_pool_taken_out_of_the_file_serves_what_it_accepted_one_after_another(house: House) -> None:
+    house.pools = {"local": pool(places=2)}
+    names = [await house.launch() for _ in range(4)]
     house.pools = {}
-    house.world.finish(running)
+    house.world.finish(names[0])
     await house.settle()
-    assert await house.phases(running, waiting) == [Phase.FINISHED, Phase.RUNNING]
+    assert await house.phases(*names) == [Phase.FINISHED, Phase.RUNNING, Phase.QUEUED, Phase.QUEUED]
+    for number in (1, 2):
+        house.world.finish(names[number])
+        await house.settle()
+        assert await house.phases(*names[number : number + 2]) == [Phase.FINISHED, Phase.RUNNING]
 
 
 @simulated
