@@ -55,7 +55,6 @@ def create_app(
             feed = Feed()
             if tracing:
                 stack.push_async_callback(tracing.aclose)
-                feed.listen(tracing.changed)
             spool = Spool(settings.state_dir / "logs")
             configured = load_pools(settings.pools_file)
             targets = load_targets(settings.webhooks_file)
@@ -67,6 +66,8 @@ def create_app(
             ours = functools.partial(open_launcher, state_dir=settings.state_dir, installation=name)
             where = settings.public_url or url or f"http://{settings.listen}"
             ownership = Ownership(store, node=settings.node, url=where, now=now)
+            if tracing:
+                feed.listen(lambda change: tracing.changed(change, ours=ownership.acts_on(change.runner)))
             service: RunnerService
             reconciler = Reconciler(
                 store,
@@ -96,9 +97,8 @@ def create_app(
             stack.push_async_callback(reconciler.aclose)
             app.state.service, app.state.feed = service, feed
             app.state.telemetry = telemetry = Telemetry(feed, lambda: service.pools.by_name, now)
-            source = f"urn:runner-launcher:{name}"
             app.state.webhooks = hooks = Webhooks(
-                store, journal, ownership, source=source, told=telemetry.webhook_answered, now=now
+                store, journal, ownership, source=f"urn:runner-launcher:{name}", told=telemetry.webhook_answered, now=now
             )
             stack.push_async_callback(hooks.aclose)
             await hooks.set(targets)

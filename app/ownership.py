@@ -96,6 +96,10 @@ class Ownership:
         lease = self._leases.get(key)
         return not self._store.shared or (lease is not None and asyncio.get_running_loop().time() < lease.until)
 
+    def acts_on(self, runner: Runner) -> bool:
+        """Whether this replica is the one that acts on a runner."""
+        return self.holds(_key(runner))
+
     def since(self, runner: Runner) -> float:
         """Say since when this replica acts on a runner; -inf where it always did. Raises NotOwner."""
         return self._lease(_key(runner)).since if self._store.shared else float("-inf")

@@ -69,8 +69,8 @@ class Tracing:
         if place := _own(runner):
             self._send(place.below(), place, "write the intent", (begun, self._now()), _of(runner))
 
-    def changed(self, change: Change) -> None:
-        """Send the spans that end with a committed change: of a launch call, of a runner."""
+    def changed(self, change: Change, *, ours: bool) -> None:
+        """Send the spans that end with a committed change: of a launch call, of a runner; if it is ``ours`` to tell them."""
         runner, event = change.runner, change.event
         place = _own(runner)
         if place is None:
@@ -81,10 +81,12 @@ class Tracing:
             begun = self._begun.pop(runner.runner_id, self._since)  # begun by a service before this one, again by us
             problem = None if event.type == "started" else runner.attempts[-1].error
             told = {**_of(runner), "runner.attempt": len(runner.attempts) + (problem is None)}
-            self._send(place.below(), place, f"launch in {runner.engine}", (begun, event.at), told, problem=problem)
+            if ours:
+                self._send(place.below(), place, f"launch in {runner.engine}", (begun, event.at), told, problem=problem)
         if event.to_phase is Phase.FINISHED and event.from_phase is not Phase.FINISHED:
             self._begun.pop(runner.runner_id, None)
-            self._ended(runner, place, event.at)
+            if ours:
+                self._ended(runner, place, event.at)
 
     def _ended(self, runner: Runner, place: Place, told_at: float) -> None:
         end = runner.finished_at or told_at

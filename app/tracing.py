@@ -12,9 +12,6 @@ from app.errors import ConfigurationError
 if TYPE_CHECKING:
     from app.spans import Tracing
 
-if TYPE_CHECKING:
-    pass
-
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 PROTOCOL = "http/protobuf"

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psycopg
@@ -39,7 +40,11 @@ SCRIPT = Path(__file__).parent / "crash" / "replicas.py"
 
 @asynccontextmanager
 async def replica(
-    tmp_path: Path, database: str, node: str, more: dict[str, str] | None = None, **wishes: bool
+    tmp_path: Path,
+    database: str,
+    node: str,
+    more: dict[str, str] | None = None,
+    **wishes: Any,  # noqa: ANN401
 ) -> AsyncIterator[Served]:
     directory = tmp_path / node
     directory.mkdir(exist_ok=True)

@@ -16,6 +16,7 @@ import pytest
 from conftest import TELL, Serve, finished, launch_body, launched, local_pool, read, service_environment, told, until
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from test_replicas import replica
 from typing_extensions import override
 
 from app import log_lines
@@ -212,6 +213,23 @@ async def test_without_the_extra_only_who_asks_for_traces_is_refused(serve: Serv
     assert "OTEL_EXPORTER_OTLP_ENDPOINT: traces need a library that is not there" in ended.stderr
     assert "pip install ./client '.[telemetry]'" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+async def test_of_two_replicas_the_one_that_acts_tells_each_span(
+    postgres: str, tmp_path: Path, slot: Path, collector: Collector
+) -> None:
+    asking = collector.asking()
+    async with replica(tmp_path, postgres, "a", inside=asking) as a, replica(tmp_path, postgres, "b", inside=asking) as b:
+        async with a.client() as at_a, b.client() as at_b:
+            runner = await launched(at_a, launch_body(slot), traceparent=CALLER)
+            await finished(at_b, runner)
+            await collector.get("runner")
+        for each in (a, b):
+            await each.end(signal.SIGTERM)  # and what was to be sent is sent
+    ours = [
+        span.name for span in collector.spans if span.trace_id.hex() == TRACE_ID and span.kind == Span.SPAN_KIND_INTERNAL
+    ]
+    assert sorted(ours) == ["launch in local-process", "runner", "see the end", "write the intent"]
 
 
 # The log.
