@@ -57,7 +57,7 @@ class LaunchSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handle:
-    """A runner as its engine knows it; stored with the record. Only the launcher that made it reads ``ref``."""
+    """A runner as its engine knows it; stored with the record."""
 
     runner_id: str
     pid: int | None = None
@@ -67,7 +67,6 @@ class Handle:
     image_digest: str | None = None
     enforced_by: Enforcement = Enforcement()
     isolation: str = "none"
-    ref: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, overload
 
 import httpx
+import hypothesis
 import pytest
 import yaml
 from blockbuster import BlockingError, blockbuster_ctx
@@ -34,6 +35,8 @@ from app.settings import Settings
 pytest_plugins = ["engines", "docker_engine", "fault_table", "postgres", "service_image"]
 pytest.register_assert_rewrite("kubernetes_house", "launcher_contract")
 
+hypothesis.settings.register_profile("patient", deadline=None)  # a machine may be busy for a moment
+hypothesis.settings.load_profile("patient")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background deaf to these two,
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and what we start would inherit that
 
@@ -311,7 +314,7 @@ async def served(
     environment = service_environment(directory, **settings)
     process = _start([*inside, sys.executable, "-m", "app.cli", "serve"], environment, output)
     try:
-        url = await until(lambda: _listening(process, output))
+        url = await until(lambda: _listening(process, output), 3 * SECONDS)
         # Through /proc, because the process may see other file systems than we do.
         token = read(Path(f"/proc/{process.pid}/root{environment['RUNNER_LAUNCHER_STATE_DIR']}/token")).strip()
         running = Served(process, url, token, output)

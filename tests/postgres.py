@@ -31,6 +31,19 @@ def fresh_schema(server: str = SERVER) -> Iterator[str]:
             connection.execute(f"DROP SCHEMA {name} CASCADE")
 
 
+@contextmanager
+def fresh_database(server: str = SERVER) -> Iterator[str]:
+    """Make a database for what would disturb others on this server, give its URL, and drop it."""
+    name = f"test_{secrets.token_hex(6)}"
+    with psycopg.connect(server, autocommit=True, connect_timeout=5) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    try:
+        yield f"{server.rpartition('/')[0]}/{name}"
+    finally:
+        with psycopg.connect(server, autocommit=True, connect_timeout=5) as connection:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
 class Proxy:
     """Stands between clients and the server: may cut them off, or lose what is said around a commit."""
 

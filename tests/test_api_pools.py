@@ -14,6 +14,7 @@ from conftest import (
     local_pool,
     problem,
     write_pools,
+    written,
 )
 
 FOREVER = "exec sleep 600"
@@ -95,7 +96,8 @@ async def test_a_pool_taken_out_of_the_file_keeps_serving_its_live_runners(
     service: Service, slot: Path, pools_file: Path
 ) -> None:
     async with service(leave_runners=True) as client:
-        runner = await launched(client, launch_body(slot, "trap 'exit 5' TERM; while :; do sleep 0.02; done"))
+        runner = await launched(client, launch_body(slot, "trap 'exit 5' TERM; echo >ready; while :; do sleep 0.02; done"))
+        await written(slot / "ready")
     write_pools(pools_file, {"other": local_pool()})
     async with service() as client:
         problem(await client.post("/runners", json=launch_body(slot)), 422, "unknown-pool", "/pool")
@@ -178,7 +180,10 @@ def _docker() -> Json:
     return {"far": {"type": "docker", "config": config}}
 
 
-async def test_an_engine_that_nobody_can_reach_is_told_with_each_attempt(service: Service, slot: Path) -> None:
+async def test_an_engine_that_nobody_can_reach_is_told_with_each_attempt(
+    service: Service, slot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.breaker.MISSED", 1_000)  # what the service asks at its start must not have it taken for away
     async with service(_docker()) as client:
         answer = await client.post("/runners", json=launch_body(slot, pool="far"))
         said = problem(answer, 503, "engine-unavailable", words="attempt 2: tcp://127.0.0.1:1: cannot connect")

@@ -1,6 +1,7 @@
 """Launch, read, stop: what a Dispatcher does, over HTTP, with runners that are real processes."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import (
+    SECONDS,
     TELL,
     Json,
     Serve,
@@ -439,8 +441,9 @@ async def test_of_many_launches_at_once_for_one_slot_one_wins(client: httpx.Asyn
 async def test_a_slot_is_free_again_only_when_nothing_of_its_runner_lives(client: httpx.AsyncClient, slot: Path) -> None:
     holder = await launched(client, launch_body(slot, DEAF))
     await written(slot / "ready")
-    assert (await client.delete(f"/runners/{holder['runner_id']}?grace=0.3")).json()["phase"] == "stopping"
+    assert (await client.delete(f"/runners/{holder['runner_id']}?grace=600")).json()["phase"] == "stopping"
     problem(await client.post("/runners", json=launch_body(slot)), 409, "slot-busy", words="which is stopping")
+    await client.delete(f"/runners/{holder['runner_id']}?grace=0")
     await finished(client, holder)
     assert not alive(holder)
     await launched(client, launch_body(slot))
@@ -542,11 +545,11 @@ async def test_a_queued_runner_that_is_stopped_ends_at_once_and_never_starts(ser
 
 
 async def test_a_queued_launch_whose_time_runs_out_is_told_so(service: Service, slot: Path) -> None:
-    pool = local_pool(max_concurrency=1, queue_limit=1, launch_timeout_seconds=0.3)
+    pool = local_pool(max_concurrency=1, queue_limit=1, launch_timeout_seconds=3)
     async with service({"local": pool}) as client:
         await launched(client, launch_body(slot, FOREVER))
         answer = await client.post("/runners", json=launch_body(slot.with_name("slot-2")))
-        said = problem(answer, 503, "queue-timeout", words="no place in pool local within 0.3 s")
+        said = problem(answer, 503, "queue-timeout", words="no place in pool local within 3 s")
         assert (said["retryable"], said["runner"]["reason"]) == (True, "queue_timeout")
         assert answer.headers["Location"] == said["runner"]["links"]["self"]
         assert int(answer.headers["Retry-After"]) >= 1
@@ -696,7 +699,7 @@ async def test_a_runner_deaf_to_term_is_killed_when_the_grace_is_over(client: ht
     await client.delete(runner["links"]["self"], params={"grace": 0.3})
     record = await finished(client, runner)
     assert (record["reason"], record["signal"], record["exit_code"]) == ("cancelled", "SIGKILL", None)
-    assert 0.25 <= (moment(record["finished_at"]) - asked).total_seconds() < 2
+    assert 0.25 <= (moment(record["finished_at"]) - asked).total_seconds() < 8
 
 
 async def test_the_pools_grace_holds_where_a_stop_names_none(service: Service, slot: Path) -> None:
@@ -704,7 +707,7 @@ async def test_the_pools_grace_holds_where_a_stop_names_none(service: Service, s
         runner = await launched(client, launch_body(slot, DEAF))
         await written(slot / "ready")
         await client.delete(runner["links"]["self"])
-        assert (await finished(client, runner, 3))["signal"] == "SIGKILL"
+        assert (await finished(client, runner, 8))["signal"] == "SIGKILL"
 
 
 async def test_asking_again_with_less_patience_ends_it_sooner_and_never_later(client: httpx.AsyncClient, slot: Path) -> None:
@@ -713,7 +716,7 @@ async def test_asking_again_with_less_patience_ends_it_sooner_and_never_later(cl
     await client.delete(runner["links"]["self"], params={"grace": 600})
     await client.delete(runner["links"]["self"], params={"grace": 0.2})
     await client.delete(runner["links"]["self"], params={"grace": 600})
-    record = await finished(client, runner, 3)
+    record = await finished(client, runner)
     assert (record["reason"], record["signal"]) == ("cancelled", "SIGKILL")
 
 
@@ -826,34 +829,34 @@ async def test_a_heartbeat_after_the_end_is_told_that_it_ended(client: httpx.Asy
 
 
 async def test_a_runner_that_falls_silent_after_its_first_beat_is_ended(service: Service, slot: Path) -> None:
-    async with service({"local": local_pool(heartbeat_timeout_seconds=0.3)}) as client:
+    async with service({"local": local_pool(heartbeat_timeout_seconds=3)}) as client:
         quiet = await launched(client, launch_body(slot.with_name("slot-2"), FOREVER))
         runner = await launched(client, launch_body(slot, TELL + OBEDIENT))
         await written(slot / "ready")
         headers = {"Authorization": f"Bearer {(await told(slot))['RUNNER_TOKEN']}"}
         for _ in range(4):  # longer in all than the limit
             await client.post(f"{runner['links']['self']}/heartbeat", headers=headers)
-            await asyncio.sleep(0.15)
+            await asyncio.sleep(1)
         assert (await record_of(client, runner))["phase"] == "running"
         record = await finished(client, runner)
         assert (record["state"], record["reason"], record["exit_code"]) == ("failed", "heartbeat_lost", 0)
-        assert (record["message"], record["retryable"]) == ("no heartbeat for 0.3 s", True)
+        assert (record["message"], record["retryable"]) == ("no heartbeat for 3 s", True)
         assert (await record_of(client, quiet))["phase"] == "running"  # never beat, so nothing counts
 
 
 async def test_a_runner_that_outlives_its_time_is_ended_and_its_own_code_does_not_hide_it(
     service: Service, slot: Path
 ) -> None:
-    async with service({"local": local_pool(run_timeout_seconds=0.3)}) as client:
+    async with service({"local": local_pool(run_timeout_seconds=3)}) as client:
         record = await finished(client, await launched(client, launch_body(slot, OBEDIENT)))
     assert (record["state"], record["reason"], record["exit_code"]) == ("failed", "deadline_exceeded", 0)
-    assert (record["message"], record["retryable"]) == ("ran longer than 0.3 s", False)
-    assert (moment(record["finished_at"]) - moment(record["started_at"])).total_seconds() < 2
+    assert (record["message"], record["retryable"]) == ("ran longer than 3 s", False)
+    assert (moment(record["finished_at"]) - moment(record["started_at"])).total_seconds() < SECONDS
 
 
 async def test_a_runner_deaf_to_term_is_killed_after_its_deadline_and_the_pools_grace(service: Service, slot: Path) -> None:
-    async with service({"local": local_pool(run_timeout_seconds=0.2, stop_grace_seconds=0.2)}) as client:
-        record = await finished(client, await launched(client, launch_body(slot, DEAF)), 3)
+    async with service({"local": local_pool(run_timeout_seconds=2, stop_grace_seconds=0.2)}) as client:
+        record = await finished(client, await launched(client, launch_body(slot, DEAF)), 8)
     assert (record["reason"], record["signal"]) == ("deadline_exceeded", "SIGKILL")
 
 
@@ -1005,7 +1008,7 @@ async def test_after_the_end_no_secret_is_left_in_the_state_directory(service: S
         runner = await launched(client, launch_body(slot, TELL, description="canary-in-the-task"))
         secrets = ["canary-of-the-pool", "canary-in-the-task", (await told(slot))["RUNNER_TOKEN"]]
         await finished(client, runner)
-        await until(lambda: not holding(state_dir, *secrets), 3)
+        await until(lambda: not holding(state_dir, *secrets))
     assert not holding(state_dir, *secrets)
 
 
@@ -1013,17 +1016,24 @@ async def test_when_the_service_has_closed_no_secret_of_an_ended_runner_is_left(
     service: Service, slot: Path, state_dir: Path
 ) -> None:
     async with service({"local": local_pool(environment={"API_KEY": "canary-of-the-pool"})}) as client:
-        runner = await launched(client, launch_body(slot, TELL, description="canary-in-the-task" * 20_000))
+        script = TELL + "while [ ! -e go ]; do sleep 0.01; done"
+        runner = await launched(client, launch_body(slot, script, description="canary-in-the-task" * 20_000))
         secrets = ["canary-of-the-pool", "canary-in-the-task", (await told(slot))["RUNNER_TOKEN"]]
         assert holding(state_dir, *secrets)
+        (slot / "go").touch()
         await finished(client, runner)
         await until(lambda: not list((state_dir / "runners").iterdir()))
     assert not holding(state_dir, *secrets)
 
 
 def holding(directory: Path, *secrets: str) -> list[tuple[str, str]]:
-    files = {file: file.read_bytes() for file in directory.rglob("*") if file.is_file()}
-    return [(file.name, secret) for file, data in files.items() for secret in secrets if secret.encode() in data]
+    found: list[tuple[str, str]] = []
+    for place, _, names in os.walk(directory):  # which minds nothing that goes meanwhile
+        for file in (Path(place, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                data = file.read_bytes() if file.is_file() else b""
+                found += [(file.name, secret) for secret in secrets if secret.encode() in data]
+    return found
 
 
 async def test_nobody_else_on_the_machine_can_read_what_we_keep(service: Service, slot: Path, state_dir: Path) -> None:

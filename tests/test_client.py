@@ -185,7 +185,7 @@ async def test_a_wait_that_runs_out_gives_the_record_as_it_is(serve: Serve, slot
         await launch(client, launch_body(slot, "exec sleep 600"))
         began = time.monotonic()
         assert (await launch(client, launch_body(slot.parent / "slot-2"), wait=1.5)).state == "pending"
-        assert 1 < time.monotonic() - began < 5
+        assert 1 < time.monotonic() - began < 20
 
 
 async def test_a_launch_that_cannot_work_tells_its_record_and_attempts(server: Served, place: Path) -> None:
@@ -200,7 +200,7 @@ async def test_a_launch_that_cannot_work_tells_its_record_and_attempts(server: S
 
 
 async def test_a_launch_that_fails_while_it_waits_in_the_queue_is_told_so(serve: Serve, slot: Path) -> None:
-    pools = {"local": local_pool(max_concurrency=1, queue_limit=1, launch_timeout_seconds=1)}
+    pools = {"local": local_pool(max_concurrency=1, queue_limit=1, launch_timeout_seconds=5)}
     async with serve(pools) as service, client_of(service) as client:
         await launch(client, launch_body(slot, "exec sleep 600"))
         with pytest.raises(RunnerLaunchError, match="no place in pool local") as failed:
@@ -453,7 +453,7 @@ def free_port() -> int:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 async def test_a_wait_outlives_the_service(serve: Serve, slot: Path, number: signal.Signals) -> None:
     listen = f"127.0.0.1:{free_port()}"
-    async with serve(leave_runners=True, LISTEN=listen) as service, client_of(service, patience=30) as client:
+    async with serve(leave_runners=True, LISTEN=listen) as service, client_of(service, patience=60) as client:
         runner = await launch(client, launch_body(slot, f"{WAITS}exit 5"))
         waiting = asyncio.create_task(client.wait(runner.runner_id))
         await asyncio.sleep(0.3)
@@ -470,7 +470,7 @@ async def test_a_launch_waits_for_a_service_that_starts(serve: Serve, slot: Path
     write_pools(tmp_path / "pools.yaml", {"local": local_pool()})
     async with serve() as service:
         token = service.token
-    async with RunnerLauncherClient(url=f"http://{listen}", token=token, patience_seconds=30) as client:
+    async with RunnerLauncherClient(url=f"http://{listen}", token=token, patience_seconds=60) as client:
         launching = asyncio.create_task(launch(client, launch_body(slot)))
         await asyncio.sleep(0.5)
         assert not launching.done()
@@ -485,7 +485,7 @@ async def test_a_service_that_is_not_there_is_told_when_patience_ends() -> None:
         with pytest.raises(UnavailableError, match="Connection refused") as away:
             await client.pools()
         assert (away.value.code, away.value.status) == ("unreachable", None)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(
@@ -523,7 +523,7 @@ async def collect(events: AsyncIterator[Event], seen: list[Event]) -> None:
 async def test_all_events_are_streamed_and_taken_up_again_after_a_kill(serve: Serve, slot: Path) -> None:
     listen = f"127.0.0.1:{free_port()}"
     seen: list[Event] = []
-    async with serve(LISTEN=listen) as service, client_of(service, patience=30) as client:
+    async with serve(LISTEN=listen) as service, client_of(service, patience=60) as client:
         watching = asyncio.create_task(collect(client.events(after=0), seen))
         first = await launch(client, launch_body(slot))
         await client.wait(first.runner_id)
@@ -652,11 +652,11 @@ async def test_an_agent_reads_its_context_and_beats(serve: Serve, slot: Path) ->
         "from runner_launcher_client import Heartbeat, TaskContext\n"
         "context = TaskContext.from_environment()\n"
         "with Heartbeat(every_seconds=0.1) as heart:\n"
-        "    time.sleep(2)\n"
+        "    time.sleep(6)\n"
         "print(context.task_title, heart.needed, heart.last_error)\n"
     )
     (slot / "agent.py").write_text(agent)
-    pools = {"local": local_pool(heartbeat_timeout_seconds=1)}
+    pools = {"local": local_pool(heartbeat_timeout_seconds=4)}
     async with serve(pools) as service, client_of(service) as client:
         runner = await launch(client, launch_body(slot, f"exec {sys.executable} agent.py"))
         ended = await client.wait(runner.runner_id)

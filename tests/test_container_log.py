@@ -138,7 +138,6 @@ def texts(lines: Sequence[LogLine]) -> list[bytes]:
 
 
 @given(logs(), st.data())
-@settings(deadline=None)
 def test_a_stream_cut_anywhere_gives_the_same_frames(log: Log, data: st.DataObject) -> None:
     sent = [(frame.stream, frame.payload) for frame in log.frames]
     stream = b"".join(bytes([number, 0, 0, 0]) + len(frame).to_bytes(4) + frame for number, frame in sent)
@@ -150,7 +149,6 @@ def test_a_stream_cut_anywhere_gives_the_same_frames(log: Log, data: st.DataObje
 
 
 @given(logs())
-@settings(deadline=None)
 def test_frames_become_the_lines_that_were_written(log: Log) -> None:
     lines = read(log.frames, local=log.local)
     assert texts(lines) == log.texts
@@ -158,7 +156,7 @@ def test_frames_become_the_lines_that_were_written(log: Log) -> None:
 
 
 @given(logs())
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_behind_any_line_comes_exactly_the_rest(log: Log) -> None:
     lines = read(log.frames, local=log.local)
     for number, line in enumerate(lines):
@@ -170,7 +168,7 @@ def test_behind_any_line_comes_exactly_the_rest(log: Log) -> None:
 
 
 @given(logs(), st.data())
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_what_was_dropped_behind_a_cursor_is_told(log: Log, data: st.DataObject) -> None:
     lines = read(log.frames, local=log.local)
     assume(len(lines) > 1)
@@ -193,7 +191,6 @@ def test_what_was_dropped_behind_a_cursor_is_told(log: Log, data: st.DataObject)
 
 
 @given(logs())
-@settings(deadline=None)
 def test_a_reader_thrown_out_anywhere_has_missed_and_repeated_nothing(log: Log) -> None:
     whole = texts(read(log.frames, local=log.local))
     for cut in range(len(log.frames)):

@@ -321,7 +321,6 @@ TestCore.settings = settings(
     max_examples=EXPLORE or 60,
     derandomize=not EXPLORE,
     stateful_step_count=25,
-    deadline=None,
     print_blob=True,
     report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

@@ -77,7 +77,7 @@ class Webhook:
             "namespaceSelector": {"matchLabels": {SESSION: self._world.namespace}},
             "failurePolicy": "Fail",
             "sideEffects": "None",
-            "timeoutSeconds": 1,
+            "timeoutSeconds": 5,
             "admissionReviewVersions": ["v1"],
         }
         await self._world.call("POST", self._path, {"metadata": {"name": self._name}, "webhooks": [webhook]})
@@ -91,7 +91,8 @@ class Webhook:
 
         async def in_force() -> bool:
             """The API hears of webhooks a moment later; a dry run is shown to them too."""
-            await self._world.call("POST", self._kind, {"metadata": {"generateName": "try-"}, **made}, dryRun="All")
+            with contextlib.suppress(ApiException):
+                await self._world.call("POST", self._kind, {"metadata": {"generateName": "try-"}, **made}, dryRun="All")
             return self.asked > 0
 
         await until(in_force, SECONDS)

@@ -22,6 +22,7 @@ from launcher_contract import COUNTS_SLOWLY, HANDLES_TERM, LINES, LOOP, RUNS_ON,
 from app.errors import LauncherUnavailable, LaunchRejected
 from app.launcher import Exited, Gone, Handle, Observation, Running
 from app.launchers import open_launcher
+from app.launchers.pod import FIRST_POD
 from app.main import create_app
 from app.reason import Reason
 from app.settings import Settings
@@ -56,7 +57,7 @@ async def test_a_namespace_without_room_for_jobs_is_told_as_quota(house: House) 
         assert (refused.value.acted, refused.value.reason) == (False, Reason.QUOTA_EXCEEDED)
     finally:
         await house.world.call("DELETE", "resourcequotas/full")
-    assert (await house.end(await house.launch(exits(0)))).code == 0
+    assert (await house.end(await _launched(house, new_id()))).code == 0
 
 
 async def test_a_namespace_without_room_for_secrets_leaves_nothing(house: House) -> None:
@@ -75,7 +76,7 @@ async def test_a_namespace_without_room_for_secrets_leaves_nothing(house: House)
 
 async def _in_force(world: World) -> None:
     """Wait until the cluster has counted what a quota counts."""
-    for _ in range(100):
+    for _ in range(600):
         status = (await world.call("GET", "resourcequotas/full")).get("status", {})
         if status.get("used"):
             return
@@ -119,7 +120,7 @@ async def test_what_can_never_run_ends_with_the_clusters_words(
     end = await house.end(handle)
     assert (end.code, end.reason, end.stopped) == (None, reason, False)
     assert words in (end.message or "")
-    assert not await house.world.pods(handle.runner_id)
+    await until(lambda: _no_pods(house, handle), SECONDS)
     async with aclosing(house.reopen()) as other:
         assert (await other.observe([handle]))[handle.runner_id] == Exited(end)
 
@@ -187,7 +188,11 @@ async def test_a_runner_that_never_started_can_be_stopped(house: House) -> None:
     await house.launcher.stop(handle, 10)
     end = await house.end(handle)
     assert (end.code, end.reason, end.stopped) == (None, None, True)
-    assert not await house.world.pods(handle.runner_id)
+    await until(lambda: _no_pods(house, handle), SECONDS)
+
+
+async def _no_pods(house: House, handle: Handle) -> bool:
+    return not await house.world.pods(handle.runner_id)
 
 
 @pytest.mark.slow
@@ -338,7 +343,7 @@ async def test_a_slot_in_a_claim_is_a_workspace_that_the_runners_user_can_write(
 async def test_a_pod_deleted_behind_our_back_is_told_and_never_replaced(house: House) -> None:
     handle = await house.ready()
     name = (await house.pod(handle))["metadata"]["name"]
-    await house.world.call("DELETE", f"pods/{name}", {"gracePeriodSeconds": 1})
+    await house.world.call("DELETE", f"pods/{name}", {"gracePeriodSeconds": 5})
     end = await house.end(handle)
     assert end.stopped is False
     assert end.code != 0
@@ -355,7 +360,14 @@ async def test_a_pod_deleted_behind_our_back_is_told_and_never_replaced(house: H
 
 async def test_a_pod_deleted_while_the_service_was_down_is_told_and_a_second_one_ended(house: House) -> None:
     handle = await house.ready()
-    await asyncio.sleep(1)  # until it is written down which pod is the runner
+
+    async def claimed() -> bool:
+        """Whether it is written down which pod is the runner."""
+        job = await house.world.call("GET", f"jobs/{handle.job_name}")
+        known = FIRST_POD in job["metadata"].get("annotations", {})
+        return known or job["spec"].get("podReplacementPolicy") == "Failed"
+
+    await until(claimed, SECONDS)
     first = await house.pod(handle)
     await house.launcher.aclose()
     await house.world.call("DELETE", f"pods/{first['metadata']['name']}", {"gracePeriodSeconds": 0})
@@ -388,7 +400,7 @@ async def test_a_job_deleted_with_its_pod_left_running_is_not_gone_while_that_li
     await house.until(handle, lambda seen: isinstance(seen, Exited | Gone))
     await house.launcher.remove(handle)
     await house.until(handle, lambda seen: isinstance(seen, Gone))
-    assert await house.gone(handle.runner_id)  # the Secret too, of which nobody is the owner any more
+    await until(lambda: house.gone(handle.runner_id), SECONDS)  # the Secret too, of which nobody is the owner any more
 
 
 async def test_without_a_way_into_the_pod_it_is_deleted(house: House) -> None:
@@ -609,14 +621,23 @@ async def test_what_is_not_permitted_is_named(house: House) -> None:
     rules = [rule for rule in role["rules"] if rule["resources"] != ["secrets"]]
     await house.world.call("PATCH", "roles/runner-launcher", {"rules": rules})
     try:
-        with pytest.raises(LauncherUnavailable, match="create secrets, get secrets"):
-            await house.launcher.ping()
+        await until(lambda: _refused(house, "create secrets, get secrets"), SECONDS)
         with pytest.raises(LaunchRejected, match="secrets"):
             await house.launch(exits(0))
         assert await house.launcher.list() == []
     finally:
         await house.world.call("PATCH", "roles/runner-launcher", {"rules": role["rules"]})
-    await house.launcher.ping()
+    await until(lambda: _refused(house, None), SECONDS)
+
+
+async def _refused(house: House, words: str | None) -> bool:
+    """Whether one who comes anew is refused in these words, or not at all. The API hears of roles a moment later."""
+    async with aclosing(house.reopen()) as other:
+        try:
+            await other.ping()
+        except LauncherUnavailable as error:
+            return words is not None and words in str(error)
+    return words is None
 
 
 async def test_an_api_that_is_busy_is_left_alone_for_as_long_as_it_wants(house: House) -> None:

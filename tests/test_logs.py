@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from conftest import until
 from typing_extensions import override
 
 from app.errors import LauncherUnavailable, RunnerGone
@@ -556,8 +557,7 @@ async def test_who_follows_hears_the_rest_and_the_end(
 ) -> None:
     start(world, "print=one", "print=two")
     following = asyncio.create_task(output(spool, engine, tail=tail, follow=lambda: True))
-    for _ in range(20):
-        await asyncio.sleep(0.001)
+    await until(lambda: world.calls.count(("logs", HANDLE.runner_id)) == (1 if tail is None else 2))
     world.happen(HANDLE.runner_id, b"three\n")
     world.happen(HANDLE.runner_id, Exit(code=0))
     async with asyncio.timeout(8):
@@ -628,7 +628,7 @@ async def test_what_was_written_since_a_time_is_the_same_before_and_after_its_en
 async def test_a_time_to_come_is_now_for_who_follows(world: FakeWorld, engine: FakeLauncher, spool: Spool) -> None:
     start(world, "print=old")
     following = asyncio.create_task(output(spool, engine, since=time.time() + 3_600, follow=lambda: True))
-    await asyncio.sleep(0.05)
+    await until(lambda: ("logs", HANDLE.runner_id) in world.calls)
     world.happen(HANDLE.runner_id, b"new\n")
     world.finish(HANDLE.runner_id)
     async with asyncio.timeout(8):

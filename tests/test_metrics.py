@@ -52,7 +52,9 @@ async def test_launches_and_ends_are_counted_and_timed(service: Service, slot: P
         assert of(figures, "pool_enabled", pool="local") == 1
         assert of(figures, "pool_queued", pool="local") == 0
         assert of(figures, "engine_answers", engine="local-process") == 1
-        assert 0 <= (of(figures, "engine_answer_age_seconds", engine="local-process") or -1) < 60
+        age = of(figures, "engine_answer_age_seconds", engine="local-process")
+        assert age is not None
+        assert 0 <= age < 60
         assert 0 <= (of(figures, "engine_watch_age_seconds", engine="local-process") or 0) < 60
         assert (of(figures, "process_resident_memory_bytes") or 0) > 1
         assert of(figures, "revision") == (await client.get("/events", params={"limit": 500})).json()["revision"]

@@ -33,7 +33,7 @@ async def browser() -> AsyncIterator[Browser]:
     if CHROMIUM is None:
         missing("browser", "there is no Chromium here: no program named chromium, chromium-browser or google-chrome")
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=90_000)
         yield browser
         await browser.close()
 

@@ -679,7 +679,7 @@ POLICIES = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data(), policy=POLICIES, wait_first=st.booleans())
 def test_a_runner_has_one_end_and_tells_it_once_whatever_happens_in_whatever_order(
     data: st.DataObject,

@@ -166,7 +166,7 @@ async def batched(store: Store) -> AsyncIterator[None]:
 
     def hold(*_: object) -> None:
         begun.set()
-        time.sleep(0.03)
+        time.sleep(0.3)
 
     commits: list[object] = []
     sa.event.listen(store.database._write_engine, "commit", commits.append)
@@ -652,7 +652,6 @@ async def test_everything_about_a_runner_survives_a_restart_to_the_letter(databa
             node="node",
             enforced_by=Enforcement(cpu="cgroup1", memory_mib="cgroup2"),
             isolation="user",
-            ref="x",
         ),
         stop=Stop(reason=Reason.CANCELLED, message="why", at=T, grace_seconds=0.5, sent=True),
         policy=Policy(run_timeout_seconds=1e9, heartbeat_timeout_seconds=0.001, retry_attempts=0),

@@ -8,7 +8,7 @@ from typing import Literal
 import psycopg
 import pytest
 from conftest import until
-from postgres import Proxy
+from postgres import Proxy, fresh_database
 from test_store import end, intent, make
 
 from app.errors import ConfigurationError, SlotBusy, Unavailable
@@ -71,19 +71,20 @@ async def test_a_commit_whose_answer_is_lost_is_settled_by_reading(postgres: str
         await until(lambda: len(told) == 1)
 
 
-async def test_a_restarted_server_is_waited_for(postgres: str) -> None:
+@pytest.mark.usefixtures("postgres")
+async def test_a_restarted_server_is_waited_for() -> None:
     told = list[Change]()
-    async with opened(postgres, told.extend) as store:
-        runner, _ = await store.intend(intent(make()))
-        with psycopg.connect(postgres, autocommit=True) as admin:
-            admin.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid != pg_backend_pid() AND query LIKE %s",
-                ["%runner%"],
-            )
-        assert await store.get(runner.runner_id) == runner
-        ended = await end(store, runner)
-        assert await store.get(runner.runner_id) == ended
-        await until(lambda: len(told) == 2)
+    with fresh_database() as database:
+        async with opened(database, told.extend) as store:
+            runner, _ = await store.intend(intent(make()))
+            with psycopg.connect(database, autocommit=True) as admin:
+                everybody = "SELECT pid FROM pg_stat_activity WHERE pid != pg_backend_pid() AND datname = current_database()"
+                for (pid,) in admin.execute(everybody).fetchall():
+                    admin.execute("SELECT pg_terminate_backend(%s)", [pid])
+            assert await store.get(runner.runner_id) == runner
+            ended = await end(store, runner)
+            assert await store.get(runner.runner_id) == ended
+            await until(lambda: len(told) == 2)
 
 
 async def test_while_the_server_is_away_reads_are_refused_and_writes_wait(postgres: str) -> None:

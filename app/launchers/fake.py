@@ -145,7 +145,7 @@ class FakeWorld:
             steps, on_term = _script(spec)
             limits = Enforcement(cpu="engine" if spec.cpu else "none", memory_mib="engine" if spec.memory_mib else "none")
             runner = self.runners[runner_id] = _FakeRunner(
-                handle=Handle(runner_id=runner_id, pid=next(self._pids), enforced_by=limits, ref=installation),
+                handle=Handle(runner_id=runner_id, pid=next(self._pids), enforced_by=limits),
                 installation=installation,
                 labels=dict(spec.labels),
                 created_at=now,
