@@ -1224,10 +1224,10 @@ async def test_ends_are_seen_at_once_again_after_the_event_stream_was_cut(
         await docker.all_free(client, slot)
 
 
-async def test_a_success_is_told_by_the_engines_event_alone(
+async def test_an_end_is_told_by_the_engines_event_alone_save_one_that_may_be_for_lack_of_memory(
     service: Service, docker: Docker, proxy: Proxy, slot: Path
 ) -> None:
-    async with service(docker.pools(), installation=docker.installation) as client:
+    async with service(docker.pools(quotas={"memory_quota": 64}), installation=docker.installation) as client:
         runners = await live_runners(client, slot, {0: "exit 0", 7: "exit 7"})
         await proxy.seen("GET /events")
         proxy.spoil(r"GET /containers/", "wait", None)  # as when the engine takes long to take a network down

@@ -138,7 +138,8 @@ async def test_an_earlier_database_is_brought_up_to_date_under_live_runners(
     let_go(slot, 7)
     with contextlib.closing(sqlite3.connect(state_dir / "runners.db")) as old:
         old.execute("DROP INDEX runners_placed")
-        old.execute("ALTER TABLE runners DROP COLUMN placed_at")
+        for column in ("placed_at", "home"):
+            old.execute(f"ALTER TABLE runners DROP COLUMN {column}")
         old.execute("UPDATE runners SET body = json_remove(body, '$.placed_at')")
         old.execute("UPDATE alembic_version SET version_num = '0006'")
         old.commit()
