@@ -37,12 +37,13 @@ async def look_at(path: str, see: Callable[[], T], undo: Callable[[T], None] | N
     Each look has a thread of its own, which the process does not wait for at its end: a disk that does not answer holds up
     nobody else. Raises TimeoutError, at once where a look beside this one waits in vain.
     """
-    directory, now = posixpath.dirname(path), time.monotonic()
-    if any(where == directory and now - since > LOOK_SECONDS for where, since in list(_looks.values())):
+    directory, late = posixpath.dirname(path), time.monotonic() - LOOK_SECONDS
+    if any(where == directory and since < late for where, since in list(_looks.values())):
         raise TimeoutError(f"{path} does not answer: its disk may be away")
     answer: Future[T] = Future()
 
     def work() -> None:
+        _looks[id(answer)] = directory, time.monotonic()
         try:
             seen = see()
         except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
@@ -57,7 +58,6 @@ async def look_at(path: str, see: Callable[[], T], undo: Callable[[T], None] | N
         finally:
             del _looks[id(answer)]
 
-    _looks[id(answer)] = directory, now
     threading.Thread(target=work, name=f"look at {path}", daemon=True).start()
     try:
         async with asyncio.timeout(LOOK_SECONDS):
