@@ -33,7 +33,7 @@ def works(name: str, directory: Path) -> dict[str, Any]:
     return figures
 
 
-@pytest.mark.parametrize("name", ["start", "reads", "event_streams", "scale"])
+@pytest.mark.parametrize("name", ["start", "reads", "event_streams", "logs", "scale"])
 def test_a_benchmark_works(name: str, tmp_path: Path) -> None:
     assert works(name, tmp_path)
 

@@ -25,6 +25,7 @@ BENCHES = {  # how each is run in short
     "reads": "--seconds 0.1 --rounds 1 --records 100",
     "local_process": "--launches 8 --rounds 1 --at-once 1 4 --ends 4 --live 8",
     "event_streams": "--streams 20 --runners 4",
+    "logs": "--mib 1 --rounds 1",
     "intents": "--intents 16 --rounds 1 --at-once 4",
     "docker": "--launches 2 --rounds 1 --at-once 1 --ends 1",
     "kubernetes": "--launches 2 --rounds 1 --at-once 1 --ends 1 --tracked 0",
