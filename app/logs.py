@@ -13,7 +13,7 @@ import ctypes
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from pathlib import Path
 
 from app.errors import RunnerGone
@@ -257,9 +257,9 @@ class Spool:
                     return
         given = 0
         try:
-            async for line in _lines(launcher, handle, tail, since, follow=follow is not None):
-                given += len(line.text) + 1
-                yield line.text + b"\n"
+            async for piece in _gathered(_lines(launcher, handle, tail, since, follow=follow is not None)):
+                given += len(piece)
+                yield piece
         except RunnerGone:  # its engine was told to forget it, when its log was safe
             kept = self.file(handle.runner_id)
             if not await asyncio.to_thread(kept.path.exists):
@@ -276,7 +276,7 @@ class Spool:
 
 async def _lines(
     launcher: Launcher, handle: Handle, tail: int | None, since: float | None, *, follow: bool
-) -> AsyncIterator[LogLine]:
+) -> AsyncGenerator[LogLine]:
     """Give the last lines that an engine has, then those that come."""
     after = None
     since = None if since is None else min(since, time.time())
@@ -291,6 +291,39 @@ async def _lines(
             return
     async for line in launcher.logs(handle, after=after, since=since, follow=follow):
         yield line
+
+
+async def _gathered(lines: AsyncGenerator[LogLine]) -> AsyncIterator[bytes]:
+    """Join the lines that come together, for to wake a reader for each costs many times what a line does."""
+    piece, more, room = bytearray(), asyncio.Event(), asyncio.Event()
+
+    async def gather() -> None:
+        try:
+            async with contextlib.aclosing(lines):
+                async for line in lines:
+                    piece.extend(line.text + b"\n")
+                    more.set()
+                    if len(piece) >= CHUNK:
+                        room.clear()
+                        await room.wait()
+        finally:
+            more.set()
+
+    gathering = asyncio.create_task(gather())
+    try:
+        while piece or not gathering.done():
+            if piece:
+                together = bytes(piece)
+                piece.clear()
+                room.set()
+                yield together
+            else:
+                await more.wait()
+                more.clear()
+        await gathering
+    finally:
+        gathering.cancel()
+        await asyncio.gather(gathering, return_exceptions=True)
 
 
 async def _pieces(lines: AsyncIterator[LogLine], spacing: Spacing) -> AsyncIterator[tuple[bytes, int]]:

@@ -99,7 +99,8 @@ class Lines:
         stream.time = time
         stream.line += data
         ended = data.endswith(b"\n") or (self.local and len(data) < _PART_BYTES)
-        open_since = min((s.time for n, s in self._streams.items() if n != number and s.line and s.time < time), default="")
+        others = (s.time for n, s in self._streams.items() if n != number and s.line and s.time < time)
+        open_since = min(others, default="") if len(self._streams) > 1 else ""
         stream.at = Cursor(time, number, stream.count, open_since)
         if ended or len(stream.line) > LONGEST_LINE:
             line, stream.line = LogLine(str(stream.at), stream.line.removesuffix(b"\n"), _moment(time)), b""

@@ -1,6 +1,6 @@
 """Figures of containers beside a bare client of the same engine, from a client's clock.
 
-    python tests/bench/docker.py [--launches 8] [--rounds 9] [--at-once 1 4 16] [--ends 100] [--json FILE]
+    python tests/bench/docker.py [--launches 8] [--rounds 9] [--at-once 1 4 16 64] [--ends 100] [--json FILE]
 
 Launches: the service over HTTP, and in turn with it a bare aiodocker client in a process of its own that makes the same
 calls with the same configuration: create, context, start, and remove when the container has ended. A launch takes until the
@@ -255,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--launches", type=int, default=8, help="in a round, and at least two for each at once; 0: none")
     parser.add_argument("--rounds", type=int, default=9, help="of each side at each concurrency, after one to warm up")
-    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--ends", type=int, default=100)
     bench(parser, measure)
 

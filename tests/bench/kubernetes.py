@@ -1,6 +1,6 @@
 """Figures of Jobs beside a bare client of the same API, from a client's clock. ``KUBECONFIG`` names the cluster.
 
-    python tests/bench/kubernetes.py [--launches 32] [--rounds 9] [--at-once 1 4 16] [--ends 50] [--tracked 2000]
+    python tests/bench/kubernetes.py [--launches 32] [--rounds 9] [--at-once 1 4 16 64] [--ends 50] [--tracked 2000]
 
 Launches: the service over HTTP, and in turn with it a bare client in a process of its own that makes the same calls with the
 same manifests: a Job, then its Secret. Their pods fit on no node, so that the figures are of the API and not of a kubelet.
@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--launches", type=int, default=32, help="in a round, and at least two for each at once; 0: none")
     parser.add_argument("--rounds", type=int, default=9, help="of each side at each concurrency, after one to warm up")
-    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--ends", type=int, default=50)
     parser.add_argument("--tracked", type=int, default=2000)
     bench(parser, measure)
