@@ -307,10 +307,12 @@ class RunnerService:
 
     async def next(self, runner: Runner, wait: float) -> Runner:
         """Give a runner as it is after its next change, or as it is after so many seconds."""
+        now = asyncio.get_running_loop().time
+        until = now() + wait
         with self._feed.watching(runner.runner_id) as watch:
             latest = await self._store.get(runner.runner_id)
-            if latest.revision == runner.revision:
-                latest = await self._news(watch, wait) or latest
+            while latest.revision == runner.revision and (news := await self._news(watch, until - now())):
+                latest = max(latest, news, key=lambda each: each.revision)  # a replica may hear late of what it has read
         return latest
 
     async def page(self, wanted: Filter, caller: Caller) -> tuple[list[Runner], int | None]:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +32,8 @@ from conftest import (
     until,
     written,
 )
+
+from app.events import Change
 
 FOREVER = "exec sleep 600"
 WITNESS = 'echo "$RUNNER_ID" >>witness\n'
@@ -542,6 +545,30 @@ async def test_a_queued_runner_that_is_stopped_ends_at_once_and_never_starts(ser
         assert (record["started_at"], record["pid"], record["exit_code"]) == (None, None, None)
         assert (await client.get(record["links"]["logs"])).text == ""
         assert not read(slot.with_name("slot-2") / "witness")
+
+
+async def test_news_of_what_was_read_already_ends_no_wait(service: Service, slot: Path) -> None:
+    """As a replica hears them that has read a change in the database before it was told of it."""
+    async with service() as client:
+        runner = await launched(client, launch_body(slot, FOREVER))
+
+        async def settled() -> bool:
+            return bool((await record_of(client, runner))["phase"] == "running")
+
+        await until(settled)
+        app = client._transport.app  # type: ignore[attr-defined]
+        known = await app.state.service._store.get(runner["runner_id"])
+        event = (await app.state.service._store.history(runner["runner_id"]))[-1]
+        tag = (await client.get(runner["links"]["self"])).headers["ETag"]
+        began = time.monotonic()
+        waiting = asyncio.create_task(
+            client.get(runner["links"]["self"], headers={"If-None-Match": tag, "Prefer": "wait=1"})
+        )
+        while not waiting.done():
+            app.state.feed.publish([Change(known, event)])
+            await asyncio.sleep(0.05)
+        assert (await waiting).status_code == 304
+        assert time.monotonic() - began >= 1
 
 
 async def test_a_queued_launch_whose_time_runs_out_is_told_so(service: Service, slot: Path) -> None:
