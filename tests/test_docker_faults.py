@@ -42,7 +42,7 @@ from docker_engine import _make_certificates as make_certificates
 from fault_table import End, Verdict
 
 from app.errors import LauncherUnavailable
-from app.launcher import LaunchSpec
+from app.launcher import Exited, LaunchSpec
 from app.launchers.container import INSTALLATION, NAME, RUNNER_ID
 from app.launchers.docker import DockerLauncher
 from app.main import create_app
@@ -392,6 +392,27 @@ async def test_no_call_is_waited_for_longer_than_a_call_may_take(docker: Docker,
     proxy.heal()
     await patient.remove(handle)
     await patient.aclose()
+    await launcher.aclose()
+
+
+async def test_memory_that_ran_out_is_told_also_where_the_engine_says_so_after_the_death(
+    docker: Docker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.launchers.docker.OOM_SECONDS", SECONDS)  # the machine may be busy
+    launcher = DockerLauncher(docker.host, docker.installation)
+    spec = LaunchSpec(
+        command=("sh", "-c", "exit 137"), environment={}, context=b"{}", memory_mib=64, options={"image": IMAGE}
+    )
+    handle = await launcher.launch(f"runner-{secrets.token_hex(6)}", spec)
+
+    await until(lambda: not docker.api.ask(f"/containers/{handle.container_id}/json")["State"]["Running"], SECONDS)
+    looking = asyncio.create_task(launcher.observe([handle]))
+    await asyncio.sleep(0.2)
+    launcher._heard("oom", {"ID": handle.container_id}, time.time())
+    seen = (await looking)[handle.runner_id]
+    assert isinstance(seen, Exited)
+    assert seen.exit.oom_killed
+    await launcher.remove(handle)
     await launcher.aclose()
 
 

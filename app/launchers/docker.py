@@ -40,6 +40,7 @@ from app.launchers.container import (
     identity_of,
     log_may_be_cut,
     runner_id_of,
+    seconds,
 )
 from app.launchers.container_log import MAYBE_GAP, SLACK_SECONDS, Cursor, Frames, Lines
 from app.reason import Reason
@@ -52,6 +53,9 @@ IDLE_SECONDS = 60.0
 FENCE_SECONDS = 5.0
 """How long a container made by somebody else must stay unstarted before it is started here: by then an order to start it
 from a service that has died is either carried out or nowhere any more."""
+
+OOM_SECONDS = 1.0
+"""How much later than a killed container's end its engine may tell that memory ran out."""
 
 STARTS = 8
 """How many containers are started at once. More only wait inside the engine, and everybody else's calls with them."""
@@ -66,6 +70,7 @@ SMALL_LOG_BYTES = 64 * 1024
 FEW = 2
 
 _NOT_FOUND, _CONFLICT, _TOO_MANY, _BROKEN, _NO_CONNECTION = 404, 409, 429, 500, 900
+_KILLED = 137
 _ENDED = ("exited", "dead")
 _NO_LOG = (_NOT_FOUND, _CONFLICT)  # gone, or going
 
@@ -368,8 +373,20 @@ class DockerLauncher:
             except RunnerGone:
                 if _status(about) != "dead":  # of one whose removal failed the engine gives no log
                     return None
-        end = Exited(exit_of(about["State"], last_line=last_line, oom_event=container_id in self._oomed))
-        return self._ends.setdefault(container_id, end)
+        oom_event = await self._oom_told(about)
+        return self._ends.setdefault(container_id, Exited(exit_of(about["State"], last_line=last_line, oom_event=oom_event)))
+
+    async def _oom_told(self, about: Json) -> bool:
+        """Say whether the engine told that memory ran out. The event of it may come a moment after the death."""
+        container_id, state = about["Id"], about["State"]
+        killed = state["ExitCode"] == _KILLED and container_id not in self._asked and not state.get("OOMKilled")
+        just_now = time.time() - (seconds(state.get("FinishedAt")) or 0) < OOM_SECONDS
+        deadline = time.monotonic() + OOM_SECONDS
+        while killed and just_now and about["HostConfig"]["Memory"] and container_id not in self._oomed:
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.02)
+        return container_id in self._oomed
 
     async def watch(self) -> AsyncIterator[str]:
         """Yield whoever ends, by the engine's events; after every pause also those who ended or vanished in it.
