@@ -43,12 +43,12 @@ async def sent(answer: httpx.Response) -> AsyncIterator[Json]:
 
 async def some(events: AsyncIterator[Json], count: int) -> list[Json]:
     """Read so many events."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(10):
         return [await anext(events) for _ in range(count)]
 
 
 async def rest(events: AsyncIterator[Json]) -> list[Json]:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(10):
         return [event async for event in events]
 
 
@@ -106,16 +106,16 @@ async def test_a_reader_that_comes_back_misses_nothing_and_gets_nothing_twice_al
 async def test_a_stream_says_goodbye_when_the_service_ends_and_does_not_hold_it_up(serve: Serve) -> None:
     async with serve() as running, running.client() as client, stream(client) as events:
         await anext(events)
-        ended = asyncio.create_task(running.end(signal.SIGTERM))
         async with asyncio.timeout(8):  # less than the server's own patience with connections
+            ended = asyncio.create_task(running.end(signal.SIGTERM))
             (bye,) = await rest(events)
-        assert await ended == 0
+            assert await ended == 0
     assert (bye["event"], "going down" in bye["data"]["detail"]) == ("bye", True)
 
 
 async def test_a_stream_that_has_nothing_to_say_shows_that_it_lives(serve: Serve) -> None:
     async with serve() as running, running.client() as client, client.stream("GET", "/events", headers=STREAM) as answer:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(20):
             async for line in answer.aiter_lines():
                 if line == ": ping":
                     break
@@ -312,10 +312,9 @@ async def test_who_follows_a_runner_is_let_go_when_the_service_ends(serve: Serve
         runner = await launched(client, launch_body(slot, "while [ ! -e go ]; do sleep 0.01; done"))
         async with stream(client, f"{runner['links']['events']}") as events:
             await some(events, 3)
-            ended = asyncio.create_task(running.end())
             async with asyncio.timeout(8):  # less than the server's own patience with connections
+                assert await running.end() == 0
                 assert [event.get("event") for event in await rest(events)][-1] == "bye"
-            assert await ended == 0
     (slot / "go").touch()
     async with serve() as running, running.client() as client:
         await finished(client, runner)

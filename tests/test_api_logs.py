@@ -213,9 +213,9 @@ async def test_a_follower_sees_each_line_as_it_comes_and_is_let_go_at_the_end(se
             assert await anext(lines) == "ready"
             for line in ("one", "two"):
                 (place / f"go-{line}").touch()
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(8):
                     assert await anext(lines) == line
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(8):
                 assert [line + "\n" async for line in lines] == [completed(runner)]
         assert (await record_of(client, runner))["state"] == "completed"
 
@@ -281,10 +281,9 @@ async def test_a_follower_of_a_queued_launch_is_let_go_when_the_service_goes_dow
         assert queued["phase"] == "queued"
         following = asyncio.create_task(log_of(client, queued, follow=True))
         await asyncio.sleep(0.2)
-        ended = asyncio.create_task(running.end(signal.SIGTERM))
         async with asyncio.timeout(8):  # less than the server's own patience with connections
+            assert await running.end(signal.SIGTERM) == 0
             assert await following == "[the service is going down; ask again to follow on]\n"
-        assert await ended == 0
     (slot / "go-on").touch()
     await until(lambda: not alive(holder))
 
@@ -295,10 +294,10 @@ async def test_a_follower_is_let_go_when_the_service_goes_down(serve: Serve, slo
         async with client.stream("GET", runner["links"]["logs"], params={"follow": "true"}) as answer:
             lines = answer.aiter_lines()
             assert await anext(lines) == "ready"
-            ended = asyncio.create_task(running.end(signal.SIGTERM))
             async with asyncio.timeout(8):  # less than the server's own patience with connections
+                ended = asyncio.create_task(running.end(signal.SIGTERM))
                 assert [line async for line in lines] == ["[the service is going down; ask again to follow on]"]
-            assert await ended == 0
+                assert await ended == 0
     assert alive(runner)
     (slot / "go-on").touch()
     await until(lambda: not alive(runner))

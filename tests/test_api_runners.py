@@ -15,7 +15,6 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import (
-    SECONDS,
     TELL,
     Json,
     Serve,
@@ -726,7 +725,7 @@ async def test_a_runner_deaf_to_term_is_killed_when_the_grace_is_over(client: ht
     await client.delete(runner["links"]["self"], params={"grace": 0.3})
     record = await finished(client, runner)
     assert (record["reason"], record["signal"], record["exit_code"]) == ("cancelled", "SIGKILL", None)
-    assert 0.25 <= (moment(record["finished_at"]) - asked).total_seconds() < 8
+    assert 0.25 <= (moment(record["finished_at"]) - asked).total_seconds() < 2
 
 
 async def test_the_pools_grace_holds_where_a_stop_names_none(service: Service, slot: Path) -> None:
@@ -734,7 +733,7 @@ async def test_the_pools_grace_holds_where_a_stop_names_none(service: Service, s
         runner = await launched(client, launch_body(slot, DEAF))
         await written(slot / "ready")
         await client.delete(runner["links"]["self"])
-        assert (await finished(client, runner, 8))["signal"] == "SIGKILL"
+        assert (await finished(client, runner, 3))["signal"] == "SIGKILL"
 
 
 async def test_asking_again_with_less_patience_ends_it_sooner_and_never_later(client: httpx.AsyncClient, slot: Path) -> None:
@@ -743,7 +742,7 @@ async def test_asking_again_with_less_patience_ends_it_sooner_and_never_later(cl
     await client.delete(runner["links"]["self"], params={"grace": 600})
     await client.delete(runner["links"]["self"], params={"grace": 0.2})
     await client.delete(runner["links"]["self"], params={"grace": 600})
-    record = await finished(client, runner)
+    record = await finished(client, runner, 3)
     assert (record["reason"], record["signal"]) == ("cancelled", "SIGKILL")
 
 
@@ -878,12 +877,12 @@ async def test_a_runner_that_outlives_its_time_is_ended_and_its_own_code_does_no
         record = await finished(client, await launched(client, launch_body(slot, OBEDIENT)))
     assert (record["state"], record["reason"], record["exit_code"]) == ("failed", "deadline_exceeded", 0)
     assert (record["message"], record["retryable"]) == ("ran longer than 3 s", False)
-    assert (moment(record["finished_at"]) - moment(record["started_at"])).total_seconds() < SECONDS
+    assert (moment(record["finished_at"]) - moment(record["started_at"])).total_seconds() < 3 + 1.7
 
 
 async def test_a_runner_deaf_to_term_is_killed_after_its_deadline_and_the_pools_grace(service: Service, slot: Path) -> None:
     async with service({"local": local_pool(run_timeout_seconds=2, stop_grace_seconds=0.2)}) as client:
-        record = await finished(client, await launched(client, launch_body(slot, DEAF)), 8)
+        record = await finished(client, await launched(client, launch_body(slot, DEAF)), 2 + 2.8)
     assert (record["reason"], record["signal"]) == ("deadline_exceeded", "SIGKILL")
 
 
@@ -1035,7 +1034,7 @@ async def test_after_the_end_no_secret_is_left_in_the_state_directory(service: S
         runner = await launched(client, launch_body(slot, TELL, description="canary-in-the-task"))
         secrets = ["canary-of-the-pool", "canary-in-the-task", (await told(slot))["RUNNER_TOKEN"]]
         await finished(client, runner)
-        await until(lambda: not holding(state_dir, *secrets))
+        await until(lambda: not holding(state_dir, *secrets), 3)
     assert not holding(state_dir, *secrets)
 
 

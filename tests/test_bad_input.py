@@ -506,7 +506,7 @@ async def test_what_a_program_leaves_behind_is_dead_before_its_slot_is_free(clie
 
 async def test_a_program_that_forks_and_leaves_has_ended(client: httpx.AsyncClient, slot: Path) -> None:
     runner = await launched(client, launch_body(slot, "setsid sh -c 'sleep 600; echo late >>late' & exit 7"))
-    record = await finished(client, runner)
+    record = await finished(client, runner, 3)
     assert (record["reason"], record["exit_code"]) == ("exit_nonzero", 7)
     assert not alive(runner)
 
@@ -555,7 +555,7 @@ async def test_a_program_that_ignores_term_is_killed(client: httpx.AsyncClient, 
     runner = await launched(client, launch_body(slot, script))
     await written(slot / "ready")
     await client.delete(runner["links"]["self"], params={"grace": 0.2})
-    record = await finished(client, runner, 8)
+    record = await finished(client, runner, 3)
     assert (record["reason"], record["signal"]) == ("cancelled", "SIGKILL")
     assert not alive(runner)
 
@@ -564,7 +564,7 @@ async def test_a_program_that_stops_itself_can_be_ended(client: httpx.AsyncClien
     runner = await launched(client, launch_body(slot, "kill -STOP $$"))
     await until(lambda: state_of(runner["pid"]) == "T")
     await client.delete(runner["links"]["self"], params={"grace": 0.2})
-    assert (await finished(client, runner, 8))["reason"] == "cancelled"
+    assert (await finished(client, runner, 3))["reason"] == "cancelled"
 
 
 def state_of(pid: int) -> str:

@@ -185,7 +185,7 @@ async def test_a_wait_that_runs_out_gives_the_record_as_it_is(serve: Serve, slot
         await launch(client, launch_body(slot, "exec sleep 600"))
         began = time.monotonic()
         assert (await launch(client, launch_body(slot.parent / "slot-2"), wait=1.5)).state == "pending"
-        assert 1 < time.monotonic() - began < 20
+        assert 1 < time.monotonic() - began < 5
 
 
 async def test_a_launch_that_cannot_work_tells_its_record_and_attempts(server: Served, place: Path) -> None:
@@ -485,7 +485,7 @@ async def test_a_service_that_is_not_there_is_told_when_patience_ends() -> None:
         with pytest.raises(UnavailableError, match="Connection refused") as away:
             await client.pools()
         assert (away.value.code, away.value.status) == ("unreachable", None)
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ from app.settings import Settings
 SECONDS = 60.0
 """How long the engine may take for what it does at once when it is not busy."""
 
-SOON = 9.0
+SOON = 5.0
 COUNT = 'echo "$RUNNER_ID" >>started\n'
 """A script's first line: shows in its slot how often it was started."""
 UNTIL_TOLD = "until [ -e go ]; do sleep 0.05; done; "
@@ -601,7 +601,7 @@ async def test_one_that_ignores_term_is_killed_with_all_it_started(service: Serv
         began = time.monotonic()
         await client.delete(f"/runners/{runner['runner_id']}?grace=1")
         record = await finished(client, runner, SECONDS)
-        assert 1 <= time.monotonic() - began < 30
+        assert 1 <= time.monotonic() - began < 1 + SOON
         assert (record["reason"], record["exit_code"], record["oom_killed"]) == ("cancelled", 137, False)
         await docker.all_free(client, slot)
 
@@ -743,7 +743,7 @@ async def test_a_follower_of_a_quiet_container_is_let_go_when_the_service_goes_d
             async with asyncio.timeout(8):  # less than the server's own patience with connections
                 ended = asyncio.create_task(running.end(signal.SIGTERM))
                 assert [line async for line in lines] == ["[the service is going down; ask again to follow on]"]
-            assert await ended == 0
+                assert await ended == 0
     (slot / "go").touch()
     async with serve(pools, INSTALLATION=docker.installation) as running, running.client() as client:
         assert (await finished(client, runner, SECONDS))["state"] == "completed"
@@ -989,7 +989,7 @@ async def test_an_engine_that_hangs_changes_nothing_but_stale_and_all_is_told_wh
                 await until(lambda: is_stale(client, runners[2]), SOON)
                 assert (await client.get("/readyz")).status_code == 200
         verdict.over()
-        ended = [await finished(client, runners[code], SECONDS) for code in (0, 7)]
+        ended = [await finished(client, runners[code], SOON * 2) for code in (0, 7)]
         assert [(record["state"], record["exit_code"], record["stale"]) for record in ended] == [
             ("completed", 0, False),
             ("failed", 7, False),
@@ -1182,7 +1182,7 @@ async def refused_while_away(client: httpx.AsyncClient, docker: Docker, slot: Pa
     await until(lambda: breaker_is(client, "open"), SECONDS)
     began = time.monotonic()
     answer = await client.post("/runners", json=launch_body(slot, COUNT, pool="docker"))
-    assert time.monotonic() - began < SOON
+    assert time.monotonic() - began < 1
     problem(answer, 503, "engine-unavailable", words=f"docker:{docker.host} is away")
     assert int(answer.headers["Retry-After"]) >= 1
 
@@ -1257,7 +1257,7 @@ async def test_an_end_is_told_by_the_engines_event_alone_save_one_that_may_be_fo
         assert (record["state"], record["exit_code"], record["stale"]) == ("completed", 0, False)
         about = docker.api.ask(f"/containers/{record['container_id']}/json")["State"]
         told, known = (datetime.fromisoformat(text) for text in (record["finished_at"], about["FinishedAt"]))
-        assert abs((told - known).total_seconds()) < SOON
+        assert abs((told - known).total_seconds()) < 1
         assert (await client.get(runners[7]["links"]["self"])).json()["phase"] != "finished"
         proxy.heal()
         assert (await finished(client, runners[7], SECONDS))["exit_code"] == 7

@@ -110,7 +110,7 @@ async def test_half_a_core_is_near_half_a_core(docker: Docker) -> None:
     used = sum(60 * int(minutes) + float(seconds) for minutes, seconds in re.findall(r"(\d+)m([\d.]+)s", output)[:2])
     assert record["exit_code"] == 0
     assert record["limits"]["enforced_by"] == {"cpu": "engine", "memory_mib": "none"}
-    assert 0.05 < used / (now - began) < 0.6, output  # less where the machine is busy with other things
+    assert 0.25 < used / (now - began) < 0.6, output  # less where the machine is busy with other things
 
 
 @root

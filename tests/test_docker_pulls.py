@@ -376,7 +376,7 @@ async def test_a_stop_during_a_pull_ends_it_at_once_and_the_engine_pulls_no_more
         runner = await asked_for(client, launch_body(slot, "exit 3", pool="docker"))
         await registry.proxy.seen(MANIFEST)
         await client.delete(f"/runners/{runner['runner_id']}")
-        record = await finished(client, runner, SECONDS)
+        record = await finished(client, runner, 5)
         assert (record["state"], record["reason"]) == ("failed", "cancelled")
         registry.proxy.heal()
         await docker.all_free(client, slot)
@@ -395,7 +395,7 @@ async def test_one_stopped_during_a_pull_that_others_wait_for_leaves_it_to_them(
         second = await asked_for(client, launch_body(slot_of(slot, 2), "exit 4", pool="docker"))
         await until(lambda: says(client, second, f"pulling {registry.image}"), SECONDS)
         await client.delete(f"/runners/{first['runner_id']}")
-        assert (await finished(client, first, SECONDS))["reason"] == "cancelled"
+        assert (await finished(client, first, 5))["reason"] == "cancelled"
         registry.proxy.heal()
         assert (await finished(client, second, SECONDS))["exit_code"] == 4
         assert registry.pulls() == 1

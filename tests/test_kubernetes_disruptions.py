@@ -77,7 +77,7 @@ class Webhook:
             "namespaceSelector": {"matchLabels": {SESSION: self._world.namespace}},
             "failurePolicy": "Fail",
             "sideEffects": "None",
-            "timeoutSeconds": 5,
+            "timeoutSeconds": 1,
             "admissionReviewVersions": ["v1"],
         }
         await self._world.call("POST", self._path, {"metadata": {"name": self._name}, "webhooks": [webhook]})

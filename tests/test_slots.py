@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import SECONDS, Serve, finished, launch_body, launched, problem, until
+from conftest import Serve, finished, launch_body, launched, problem, until
+from engines import missing
 from launcher_contract import new_id
 
 from app import slots
@@ -56,18 +58,21 @@ def silent_disk(tmp_path: Path) -> Iterator[Disk]:
     """A directory of a file system whose server never answers, as with a network disk that is away; and what ends that."""
     directory, libc = tmp_path / "slots" / "lost", ctypes.CDLL(None, use_errno=True)
     directory.mkdir(parents=True)
-    try:
-        server = os.open("/dev/fuse", os.O_RDWR)
-    except OSError as error:
-        pytest.skip(f"no file system can be served here: {error}")
-    told = f"fd={server},rootmode=40000,user_id=0,group_id=0".encode()
-    if libc.mount(b"lost", os.fsencode(directory), b"fuse", 0, told):
-        os.close(server)
-        pytest.skip(f"nothing may be mounted here: {os.strerror(ctypes.get_errno())}")
+    device = tmp_path / "fuse"
     with contextlib.ExitStack() as mounted:
-        mounted.callback(libc.umount2, os.fsencode(directory), MNT_DETACH)
+        try:
+            os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(10, 229))  # as /dev/fuse is, which a container may lack
+            server = os.open(device, os.O_RDWR)
+        except OSError as error:
+            missing("root", f"no file system can be served here: {error}")
         mounted.callback(os.close, server)
-        yield directory, mounted.close
+        told = f"fd={server},rootmode=40000,user_id=0,group_id=0".encode()
+        if libc.mount(b"lost", os.fsencode(directory), b"fuse", 0, told):
+            missing("root", f"nothing may be mounted here: {os.strerror(ctypes.get_errno())}")
+        mounted.callback(libc.umount2, os.fsencode(directory), MNT_DETACH)
+        end = mounted.pop_all()
+    with contextlib.closing(end):
+        yield directory, end.close
 
 
 async def test_slots_on_a_disk_that_does_not_answer_are_refused_and_hold_up_nobody_else(
@@ -89,7 +94,7 @@ async def test_slots_on_a_disk_that_does_not_answer_are_refused_and_hold_up_nobo
                 problem(answer, 503, "slot-silent", words="does not answer")
         began = time.monotonic()
         await running.end(signal.SIGTERM)
-        assert time.monotonic() < began + SECONDS
+        assert time.monotonic() < began + 8
 
 
 async def test_a_launch_in_a_directory_that_does_not_answer_says_so_and_did_nothing(

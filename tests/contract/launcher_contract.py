@@ -212,13 +212,7 @@ class LauncherContract:
     async def until(self, what: str, check: Callable[[], Awaitable[str | None]]) -> None:
         """Poll until a check has no objection any more."""
         deadline = time.monotonic() + self.patience
-        while True:
-            try:
-                objection = await check()
-            except LauncherUnavailable as error:  # a busy machine's engine may be late, which is no answer
-                objection = f"no answer: {error}"
-            if not objection:
-                return
+        while objection := await check():
             assert time.monotonic() < deadline, f"not within {self.patience} s: {what}; {objection}"
             await asyncio.sleep(0.02)
 
