@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
@@ -20,6 +21,7 @@ from app.errors import ConfigurationError
 from app.main import create_app
 from app.service import RunnerService
 from app.settings import Settings
+from app.slots import look_at
 from app.targets import load_targets
 
 log = logging.getLogger("app")
@@ -73,9 +75,17 @@ async def serve_until_told(settings: Settings, create: Callable[..., FastAPI] = 
         elif not settings.slot_roots:
             log.warning("nothing can be launched: RUNNER_LAUNCHER_SLOT_ROOTS names no directory where slots may be")
         elif any(pool.enters_slot for pool in app.state.service.pools.by_name.values()):
-            for root in [each for each in settings.slot_roots if not await asyncio.to_thread(each.is_dir)]:
-                log.warning("no slot can be under %s (RUNNER_LAUNCHER_SLOT_ROOTS): there is no such directory", root)
+            await asyncio.gather(*map(_look_at_root, settings.slot_roots))
         await server.serve(sockets=[listener])
+
+
+async def _look_at_root(root: Path) -> None:
+    """Say what is wrong with a slot root, if anything is."""
+    try:
+        if not await look_at(f"{root}/", root.is_dir):
+            log.warning("no slot can be under %s (RUNNER_LAUNCHER_SLOT_ROOTS): there is no such directory", root)
+    except OSError as error:
+        log.warning("no slot can be under %s (RUNNER_LAUNCHER_SLOT_ROOTS) now: %s", root, error)
 
 
 def _watch_processes_without_threads() -> None:

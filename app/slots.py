@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,7 +79,8 @@ def real_place(slot_path: str, roots: Sequence[Path]) -> str:
         real = Path(slot_path).resolve()
     except (OSError, RuntimeError) as error:
         raise _refused(f"{slot_path} cannot be followed: {error}", "no-such-slot-path") from None
-    if not any(real.is_relative_to(root.resolve()) for root in roots):  # before a word on what is there
+    # Before a word on what is there. By their names first: a root whose disk is away would be followed in vain.
+    if not any(real.is_relative_to(root) for root in chain(roots, map(Path.resolve, roots))):
         leads = any(Path(slot_path).is_relative_to(root) for root in roots) and str(real) != slot_path
         raise _refused(f"{slot_path}{f', which leads to {real},' if leads else ''} {_OUTSIDE}", "slot-outside-roots")
     try:

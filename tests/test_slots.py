@@ -97,6 +97,19 @@ async def test_slots_on_a_disk_that_does_not_answer_are_refused_and_hold_up_nobo
         assert time.monotonic() < began + 8
 
 
+async def test_a_slot_root_whose_disk_does_not_answer_holds_up_neither_a_start_nor_slots_elsewhere(
+    serve: Serve, slot: Path, silent_disk: Disk
+) -> None:
+    lost, _ = silent_disk
+    async with serve(SLOT_ROOTS=f"{lost}:{slot.parent}") as running, running.client() as client:
+        assert (await finished(client, await launched(client, launch_body(slot))))["exit_code"] == 0
+        said = running.output.read_text()
+        assert f"no slot can be under {lost} (RUNNER_LAUNCHER_SLOT_ROOTS) now: {lost}/ does not answer within 5 s" in said
+        body = launch_body(slot)
+        there = {**body["slot"], "slot_id": "there", "slot_path": str(lost / "s")}
+        problem(await client.post("/runners", json={**body, "slot": there}), 503, "slot-silent")
+
+
 async def test_a_launch_in_a_directory_that_does_not_answer_says_so_and_did_nothing(
     launcher: LocalProcessLauncher, silent_disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
