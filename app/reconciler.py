@@ -163,9 +163,13 @@ class Reconciler:
         """Look at a runner now."""
         self._queue.add(runner_id)
 
-    async def wake_queue(self, pool_name: str) -> None:
-        """Look at the first that waits for a place in this pool, whoever acts on it: there may be one now."""
+    def look_at_queue(self, pool_name: str) -> None:
+        """Look at the first that waits for a place in this pool: there may be one now."""
         self._queue.add(QUEUE + pool_name)
+
+    async def wake_queue(self, pool_name: str) -> None:
+        """Do that, on every replica."""
+        self.look_at_queue(pool_name)
         await self._store.hint(QUEUE + pool_name)
 
     async def launcher(self, engine: str) -> Launcher:

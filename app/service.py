@@ -4,6 +4,7 @@ A launch belongs to the service from the moment its intent is written; the calle
 """
 
 import asyncio
+import functools
 import hashlib
 import hmac
 import json
@@ -14,7 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pydantic import JsonValue
 
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 
 NO_RUNNER = "runner-000000000000"
 """The id of a runner that is only thought of."""
+
+T = TypeVar("T")
 
 NEWS_SECONDS = 60.0
 LAST_LINES = 20
@@ -177,7 +180,9 @@ class RunnerService:
         shown = redacted(replace(spec, environment=environment, labels=identity(runner)), pool.config.environment)
         try:
             launcher = await self._reconciler.launcher(pool.engine)
-            rendered = await asyncio.to_thread(launcher.render, NO_RUNNER, shown) if isinstance(launcher, Renders) else None
+            rendered = None
+            if isinstance(launcher, Renders):
+                rendered = await _looked(spec.working_dir or "/", functools.partial(launcher.render, NO_RUNNER, shown))
         except LaunchRejected as error:
             raise InvalidRequest(f"{pool.engine}: {error}", code="launch-rejected") from error
         return Preview(
@@ -222,12 +227,7 @@ class RunnerService:
         if not pool.works_in_slot:
             return None
         path, roots = slot.slot_path, self._settings.slot_roots
-        if not pool.enters_slot:
-            return named_place(path, roots)
-        try:
-            return await look_at(path, lambda: real_place(path, roots))
-        except TimeoutError as error:
-            raise Unavailable(str(error), code="slot-silent", retry_after=LOOK_SECONDS) from error
+        return await _looked(path, lambda: real_place(path, roots)) if pool.enters_slot else named_place(path, roots)
 
     def _prepare(self, request: LaunchRequest, pool: Pool, place: str | None, traceparent: str) -> tuple[Runner, LaunchSpec]:
         """Make a runner of a request, as it starts if there is room, and how to launch it."""
@@ -520,7 +520,7 @@ class RunnerService:
         """Read the pool file again; a wrong one raises ConfigurationError and changes nothing."""
         before, self.pools = self.pools, await asyncio.to_thread(load_pools, path)
         for name in {**before.by_name, **self.pools.by_name}:
-            await self._reconciler.wake_queue(name)
+            self._reconciler.look_at_queue(name)  # only here: what others admit is by files of their own
 
     async def store_answers(self) -> bool:
         """Say whether the store can be read."""
@@ -529,6 +529,14 @@ class RunnerService:
         except Unavailable:
             return False
         return True
+
+
+async def _looked(path: str, see: Callable[[], T]) -> T:
+    """Do what looks at a slot. Raises Unavailable where its disk does not answer."""
+    try:
+        return await look_at(path, see)
+    except TimeoutError as error:
+        raise Unavailable(str(error), code="slot-silent", retry_after=LOOK_SECONDS) from error
 
 
 async def _until(down: asyncio.Event, output: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
