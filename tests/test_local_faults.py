@@ -20,7 +20,9 @@ from engines import missing, needs_root
 
 from app.errors import LauncherUnavailable
 from app.launcher import Exit, Exited, Handle, LaunchSpec, Running, Starting
+from app.launchers import cgroup
 from app.launchers.local_process import LocalProcessLauncher
+from app.launchers.run_directory import RunDirectory
 
 LEAVES_A_DAEMON = """
 import os, sys, time
@@ -110,6 +112,18 @@ def daemon_of_a_dead_leader() -> tuple[int, int]:
     told = subprocess.run(["setsid", "sh", "-c", script], stdout=subprocess.PIPE, check=True).stdout
     session, pid = map(int, told.split())
     return session, pid
+
+
+def test_what_a_late_shim_has_claimed_meanwhile_is_left_as_it_is(tmp_path: Path, place: Path, runner_id: str) -> None:
+    """A look at a slot takes time, in which an order of a service that has died may be carried out."""
+    wanted, run_directory = spec(tmp_path, runner_id, "true"), RunDirectory(place)
+    entered = run_directory.enter(wanted)
+    assert entered
+    place.mkdir(parents=True)
+    (place / "claim").touch()
+    assert run_directory.prepare(wanted, entered.account, cgroup.probed(), "here") is None
+    assert [file.name for file in place.iterdir()] == ["claim"]
+    entered.close()
 
 
 async def test_a_session_that_has_the_number_of_a_dead_runner_is_left_alone(

@@ -104,7 +104,7 @@ class LocalProcessLauncher:
             if entered := await _enter(place, spec):
                 opened.callback(entered.close)
                 start = await _in_thread(self._prepare, place, spec, entered, undo=_close)
-                opened.callback(start.close)
+                opened.callback(_close, start)
             try:
                 if start:
                     await _start_shim(start, spec.working_dir, self._start_seconds)
@@ -213,9 +213,11 @@ class LocalProcessLauncher:
     def _place(self, runner_id: str) -> RunDirectory:
         return RunDirectory(self._directory / runner_id)
 
-    def _prepare(self, place: RunDirectory, spec: LaunchSpec, entered: Entered) -> _Start:
-        """Lay out all that a shim needs: the log, the shim's command and its environment."""
+    def _prepare(self, place: RunDirectory, spec: LaunchSpec, entered: Entered) -> _Start | None:
+        """Lay out all that a shim needs: the log, the shim's command and its environment; None if it was started before."""
         prepared = place.prepare(spec, entered.account, cgroup.probed(), self._node)
+        if prepared is None:
+            return None
         deadline = "-" if spec.run_timeout_seconds is None else f"{spec.run_timeout_seconds + SHIM_SLACK_SECONDS:.3f}"
         grace = f"{spec.stop_grace_seconds:.3f}"
         setsid, sleep = _tool("setsid"), _tool("sleep")

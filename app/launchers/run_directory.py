@@ -145,12 +145,20 @@ class RunDirectory:
 
         Raises LaunchRejected for a command, directory or user that surely does not work, OSError.
         """
-        if (self.path / "claim").exists():
-            return None
-        return Entered(_check(spec), _enter(spec))
+        return None if self._claimed else Entered(_check(spec), _enter(spec))
 
-    def prepare(self, spec: LaunchSpec, account: Account | None, cgroups: Cgroups, node: str) -> Prepared:
-        """Lay out what the shim and the runner need. Raises LaunchRejected, LauncherUnavailable."""
+    @property
+    def _claimed(self) -> bool:
+        """Whether a shim has claimed the place, and what lies here may be in use."""
+        return (self.path / "claim").exists()
+
+    def prepare(self, spec: LaunchSpec, account: Account | None, cgroups: Cgroups, node: str) -> Prepared | None:
+        """Lay out what the shim and the runner need; None if one that a dead service had under way was first after all.
+
+        Raises LaunchRejected, LauncherUnavailable.
+        """
+        if self._claimed:  # a look at the slot takes time
+            return None
         prefix = account.prefix if account else ()
         fresh = not self.path.exists()
         try:

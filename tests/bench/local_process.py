@@ -82,6 +82,7 @@ class Shims(Side):
         entered = RunDirectory(pattern).enter(self._spec)
         assert entered
         prepared = LocalProcessLauncher(self._runs)._prepare(RunDirectory(pattern), self._spec, entered)
+        assert prepared
         prepared.close()
         entered.close()
         self._pattern, self._command, self._environment = str(pattern), prepared.command, prepared.environment
