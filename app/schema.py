@@ -35,7 +35,7 @@ runners = Table(
     Column("body", Text, nullable=False),
     Column("log_kept_by", String),  # the node that kept the log
     Column("placed_at", Float),
-    Column("home", String),
+    Column("home", String),  # the node in whose line it waits; of older rows only those that wait have it
     sqlite_autoincrement=True,
 )
 Index("runners_live_slot", runners.c.slot_id, unique=True, sqlite_where=LIVE, postgresql_where=LIVE)

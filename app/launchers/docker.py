@@ -380,7 +380,7 @@ class DockerLauncher:
         """Say whether the engine told that memory ran out. The event of it may come a moment after the death."""
         container_id, state = about["Id"], about["State"]
         killed = state["ExitCode"] == _KILLED and container_id not in self._asked and not state.get("OOMKilled")
-        just_now = time.time() - (seconds(state.get("FinishedAt")) or 0) < OOM_SECONDS
+        just_now = abs(time.time() - (seconds(state.get("FinishedAt")) or 0)) < OOM_SECONDS
         deadline = time.monotonic() + OOM_SECONDS
         while killed and just_now and about["HostConfig"]["Memory"] and container_id not in self._oomed:
             if time.monotonic() > deadline:
