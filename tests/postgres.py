@@ -9,6 +9,7 @@ import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Literal
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -21,27 +22,27 @@ SERVER = os.environ.get("TEST_POSTGRES", "postgresql://postgres@127.0.0.1:5432/p
 @contextmanager
 def fresh_schema(server: str = SERVER) -> Iterator[str]:
     """Make a schema, give a URL that leads to it, and drop it."""
-    name = f"test_{secrets.token_hex(6)}"
-    with psycopg.connect(server, autocommit=True, connect_timeout=5) as connection:
-        connection.execute(f"CREATE SCHEMA {name}")
-    try:
+    with _made(server, "SCHEMA", "CASCADE") as name:
         yield f"{server}?options=-csearch_path%3D{name}"
-    finally:
-        with psycopg.connect(server, autocommit=True, connect_timeout=5) as connection:
-            connection.execute(f"DROP SCHEMA {name} CASCADE")
 
 
 @contextmanager
 def fresh_database(server: str = SERVER) -> Iterator[str]:
     """Make a database for what would disturb others on this server, give its URL, and drop it."""
+    with _made(server, "DATABASE", "WITH (FORCE)") as name:
+        yield urlsplit(server)._replace(path=f"/{name}").geturl()
+
+
+@contextmanager
+def _made(server: str, what: str, how_dropped: str) -> Iterator[str]:
     name = f"test_{secrets.token_hex(6)}"
     with psycopg.connect(server, autocommit=True, connect_timeout=5) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
+        connection.execute(f"CREATE {what} {name}")
     try:
-        yield f"{server.rpartition('/')[0]}/{name}"
+        yield name
     finally:
         with psycopg.connect(server, autocommit=True, connect_timeout=5) as connection:
-            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+            connection.execute(f"DROP {what} {name} {how_dropped}")
 
 
 class Proxy:

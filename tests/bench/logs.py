@@ -15,18 +15,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
+from bench import lacking
 from docker import ENGINE, IMAGE, client_of_engine
 from figures import Json, Report, bench
 from served import Service
 
-LINE = "so much to say of it all over again, once and more"
+LINE = "so much to say of it all over again and once more"
 PIECE = 65_536
 MIB = 2**20
 
 
 def command(mib: int) -> list[str]:
     """Print so much."""
-    return ["sh", "-c", f"yes '{LINE[:49]}' | head -c {mib * MIB}"]
+    return ["sh", "-c", f"yes '{LINE}' | head -c {mib * MIB}"]
 
 
 async def count(pieces: AsyncIterator[bytes], expected: int) -> float:
@@ -98,8 +99,7 @@ async def measure(home: Path, options: argparse.Namespace, report: Report) -> No
     pools: Json = {
         "local": {"type": "local-process", "max_concurrency": 1, "config": kept | {"command": command(options.mib)}}
     }
-    engine = not ENGINE.startswith("unix://") or Path(ENGINE.removeprefix("unix://")).exists()
-    if engine:
+    if not lacking("docker"):
         made = kept | {"command": command(options.mib), "image": IMAGE, "pull_policy": "never", "docker_host": ENGINE}
         pools["docker"] = {"type": "docker", "max_concurrency": 1, "config": made}
     service = Service(home, pools)
