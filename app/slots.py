@@ -47,7 +47,7 @@ async def look_at(path: str, see: Callable[[], T], undo: Callable[[T], None] | N
         _looks[id(answer)] = directory, time.monotonic()
         try:
             seen = see()
-        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+        except Exception as error:  # noqa: BLE001 - it is raised where it is waited for
             with contextlib.suppress(InvalidStateError):
                 answer.set_exception(error)
         else:
