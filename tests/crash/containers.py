@@ -3,12 +3,16 @@
 import json
 import os
 import re
+import ssl
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 ENGINE = Path(os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock").removeprefix("unix://"))
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""For clients that speak plain HTTP: each would read all of the machine's certificates, for 20 ms of processor."""
+
 LABEL = "runner-launcher.installation"
 RUNNER_ID = "runner-launcher.runner-id"
 CALLS = {
@@ -69,6 +73,5 @@ async def remove_all(installation: str) -> None:
 
 
 def _client() -> httpx.AsyncClient:
-    return httpx.AsyncClient(
-        transport=httpx.AsyncHTTPTransport(uds=str(ENGINE)), base_url="http://engine", timeout=60, trust_env=False
-    )
+    transport = httpx.AsyncHTTPTransport(uds=str(ENGINE), verify=NO_TLS)
+    return httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=60, trust_env=False)

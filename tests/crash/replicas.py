@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import containers
 import httpx
 import psycopg
+from containers import NO_TLS
 from crash import (
     LAUNCHES,
     OWNER,
@@ -139,13 +140,15 @@ class Replica(Service):
         return self.alive and self.process is not None and _state(self.process.pid) == "T"
 
     def freeze(self) -> None:
-        assert self.process
-        self.process.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        assert self.process
         self._trap.unlink(missing_ok=True)
-        self.process.send_signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self.process
+        os.kill(self.process.pid or 0, number)
 
     async def freeze_at(self, point: str) -> str:
         """Have it frozen when it comes by a point, or after a while wherever it is; says where that was."""
@@ -164,7 +167,7 @@ class Replica(Service):
         return self.home / self.name / "freeze"
 
 
-def _state(pid: int) -> str:
+def _state(pid: int | None) -> str:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -177,7 +180,7 @@ class Either(httpx.AsyncBaseTransport):
     def __init__(self, each: list[Replica], rng: random.Random) -> None:
         self._each = each
         self._rng = rng
-        self._transport = httpx.AsyncHTTPTransport()
+        self._transport = httpx.AsyncHTTPTransport(verify=NO_TLS)
 
     @override
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
