@@ -1,6 +1,7 @@
 """Figures of local runners, from a client's clock: launches beside the bare limit, ends, memory, many at once, a restart.
 
     python tests/bench/local_process.py [--launches 200] [--rounds 7] [--at-once 1 4 16 64] [--ends 500] [--live 2000]
+                                         [--until-refused]
 
 Launches of ``true``: the service over HTTP, and in turn with it two bare clients, processes of their own. One starts the
 same shim for the same command, in a run directory and control groups like ours; one starts the command alone, by
@@ -26,7 +27,7 @@ from typing import Any
 
 from bare import Bare, obey, spec_of
 from figures import Json, Report, Round, bench, compared, drive, in_turns, part, table_of_sides
-from served import Service, private_kib
+from served import Refused, Service, private_kib
 from typing_extensions import override
 
 from app.launchers import cgroup
@@ -37,7 +38,7 @@ ENDS_AT_ONCE = 4
 LAUNCHING_AT_ONCE = 32
 COMMANDS = {"at-once": ["true"], "last-act": ["sh", "last-act.sh"], "live": ["sleep", "3600"]}
 POOLS = {
-    name: {"type": "local-process", "max_concurrency": 10_000, "config": {"command": command}}
+    name: {"type": "local-process", "max_concurrency": 100_000, "config": {"command": command}}
     for name, command in COMMANDS.items()
 }
 
@@ -212,15 +213,25 @@ async def ends(service: Service, options: argparse.Namespace, report: Report) ->
     report.promise("a local end is seen, p99, ms", figures["p99_ms"], at_most=20.0)
 
 
-async def many(service: Service, live: int, report: Report) -> None:
+async def many(service: Service, live: int, report: Report, *, until_refused: bool) -> None:
     """Have many alive at once; kill the service and start it again."""
     idle = service.private_kib()
+    refusals: list[Refused] = []
     async with service.client() as client:
 
         async def launch(number: int) -> None:
-            await service.launch(client, "live", number)
+            if not refusals:
+                try:
+                    await service.launch(client, "live", number)
+                except Refused as refusal:
+                    if not until_refused:
+                        raise
+                    refusals.append(refusal)
 
         done = await drive(live, LAUNCHING_AT_ONCE, launch)
+        if refusals:
+            live = len(await service.live(client, "live"))
+            print(f"with {live:,} live, {refusals[0]}", flush=True)
         shims = [int(path.read_text().split()[0]) for path in (service.state / "runners").glob("*/claim")]
         figures: Json = {
             "live": live,
@@ -260,7 +271,7 @@ async def measure(home: Path, options: argparse.Namespace, report: Report) -> No
         if options.ends:
             await ends(service, options, report)
         if options.live:
-            await many(service, options.live, report)
+            await many(service, options.live, report, until_refused=options.until_refused)
 
 
 def main() -> None:
@@ -270,6 +281,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--ends", type=int, default=500)
     parser.add_argument("--live", type=int, default=2000)
+    parser.add_argument("--until-refused", action="store_true", help="as many live as the machine bears, at most --live")
     bench(parser, measure)
 
 

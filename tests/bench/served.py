@@ -17,6 +17,10 @@ SERVE = (sys.executable, "-m", "app.cli", "serve")
 PRIVATE = ("Private_Clean:", "Private_Dirty:")
 
 
+class Refused(SystemExit):
+    """A launch was not answered by a runner that has started."""
+
+
 class Service:
     """One service; it can be ended and started again. ``command`` is what is run, for a service with another engine."""
 
@@ -89,7 +93,7 @@ class Service:
         ) as answer:  # a slow machine fails nothing
             record: Json = await answer.json()
             if answer.status != 201:
-                raise SystemExit(f"a launch was answered {answer.status}: {record}")
+                raise Refused(f"a launch was answered {answer.status}: {record}")
             return record
 
     async def until_end(self, client: aiohttp.ClientSession, record: Json) -> tuple[Json, float]:
