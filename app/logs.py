@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
@@ -380,5 +381,12 @@ def _to_disk(path: Path) -> None:
 
 def _link(source: LogFile, kept: LogFile) -> None:
     for old, new in ((source.times.path, kept.times.path), (source.path, kept.path)):
-        with contextlib.suppress(FileNotFoundError, FileExistsError):
+        try:
             os.link(old, new)
+        except (FileNotFoundError, FileExistsError):
+            pass
+        except OSError:  # on another file system, or one that knows no links
+            fresh = new.with_name(f"{new.name}.new")
+            shutil.copyfile(old, fresh)
+            _to_disk(fresh)
+            fresh.rename(new)

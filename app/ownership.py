@@ -47,6 +47,7 @@ class Ownership:
         self._now = now
         self._wanted = {_node_key(node)}
         self._leases: dict[str, _Lease] = {}
+        self._held: set[str] = set()
         self._gained: list[Callable[[str], None]] = []
         self._lost: list[Callable[[str], None]] = []
         self._again = asyncio.Event()
@@ -86,6 +87,10 @@ class Ownership:
     def elsewhere(self, runner: Runner) -> bool:
         """Whether a runner is bound to another node."""
         return self._store.shared and runner.home not in (None, self.node)
+
+    def served(self, runner: Runner) -> bool:
+        """Whether some replica acts on a runner, as far as this one heard at its last claim."""
+        return not self._store.shared or _key(runner) in self._held
 
     def key_of(self, engine: str) -> str:
         """Give the key under which an engine of this replica is owned."""
@@ -163,7 +168,7 @@ class Ownership:
     async def _claim(self) -> None:
         loop = asyncio.get_running_loop()
         until = loop.time() + LEASE_SECONDS - MARGIN_SECONDS
-        held = await self._store.claim(sorted(self._wanted), self.node, self._url, LEASE_SECONDS)
+        held, self._held = await self._store.claim(sorted(self._wanted), self.node, self._url, LEASE_SECONDS)
         for key in self._leases.keys() - held.keys():
             self._lose(key)
         for key, generation in held.items():

@@ -28,6 +28,7 @@ from app.ownership import Ownership
 from app.pools import Pool, Usage
 from app.runner import (
     KILL_AGAIN_SECONDS,
+    SKEW_SECONDS,
     Admit,
     Become,
     CleanUp,
@@ -60,9 +61,6 @@ START_SECONDS = 2.0
 GRACE_SECONDS = 600.0
 """How long something that ended and is on no record is left alone: whoever made it may be about to record it."""
 
-SKEW_SECONDS = 5.0
-"""How far the clocks of two replicas may be apart."""
-
 LATE_SECONDS = 5.0
 """How long an order may be on its way that a replica gave when it was the owner no longer: one that was frozen, say."""
 
@@ -72,18 +70,28 @@ QUEUE, SWEEP = "queue ", "sweep "
 BACKOFF_SECONDS = (0.2, 10.0)
 """The first and the longest pause before an engine that did not answer is asked again."""
 
+RETRY_AFTER_SECONDS = 30.0
+"""As long as an engine may wish us to wait: a stop may have to wait for that."""
+
+AWAKE_SECONDS = 2.0
+"""How often we see that time passes for us as for the rest of the world."""
+
 LOUD = 4
 """At which failure in a row a runner of which its engine says nothing is worth a warning; an engine away has its own."""
 
 
 @dataclass(slots=True, eq=False)
 class _Engine:
-    """A launcher in use, when it last answered, and whether somebody got no answer since."""
+    """A launcher in use, when it last answered, and whether somebody got no answer since.
+
+    ``blind_since``: from when on it gives signs of life, and says nothing of what runs there.
+    """
 
     launcher: Launcher
     opened_at: float
     answered_at: float | None = None
     hinted_at: float | None = None
+    blind_since: float | None = None
     breaker: Breaker = CLOSED
     doubted: asyncio.Event = field(default_factory=asyncio.Event)
     sweeping: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -143,7 +151,7 @@ class Reconciler:
         """
         self._begun.update(await self._store.unclean())
         await self._take_up()
-        loops = [self._forever(step) for step in (self._hand_out, self._sweep)]
+        loops = [self._forever(step) for step in (self._hand_out, self._sweep, self._stay_awake)]
         self._tasks = [asyncio.create_task(loop, name=f"reconciler {number}") for number, loop in enumerate(loops)]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(START_SECONDS):
@@ -162,6 +170,10 @@ class Reconciler:
     def wake(self, runner_id: str) -> None:
         """Look at a runner now."""
         self._queue.add(runner_id)
+
+    def excuse_silence(self) -> None:
+        """Count all heartbeats from now on: those of before may not have been heard."""
+        self._since = self._now()
 
     def look_at_queue(self, pool_name: str) -> None:
         """Look at the first that waits for a place in this pool: there may be one now."""
@@ -194,7 +206,10 @@ class Reconciler:
     def engines(self) -> dict[str, bool]:
         """Say of every engine in use whether it has answered lately."""
         limit = self._now() - STALE_SECONDS
-        return {name: (engine.answered_at or engine.opened_at) >= limit for name, engine in self._engines.items()}
+        return {
+            name: min(engine.answered_at or engine.opened_at, engine.blind_since or limit) >= limit
+            for name, engine in self._engines.items()
+        }
 
     def answering(self) -> dict[str, bool]:
         """Say of every engine in use whether it is there: it has answered lately, and launches for it are taken."""
@@ -261,13 +276,17 @@ class Reconciler:
         except Exception:
             log.exception("%s: the first look at what runs there failed", engine)
         for runner in runners:
-            with contextlib.suppress(NotOwner):  # whoever becomes the owner takes it up
-                match decide(runner, seen.get(runner.runner_id), self._now(), self._since_of(runner)):
-                    case Wait(until=until):
-                        if until is not None:
-                            self._queue.add_by(runner.runner_id, until - self._now())  # it may have changed meanwhile
-                    case _:
-                        self._queue.add(runner.runner_id)
+            self._weigh(runner, seen.get(runner.runner_id))
+
+    def _weigh(self, runner: Runner, seen: Observation | None) -> None:
+        """Have a runner looked at, at once or at its next deadline: it may have changed meanwhile."""
+        with contextlib.suppress(NotOwner):  # whoever becomes the owner takes it up
+            match decide(runner, seen, self._now(), self._since_of(runner)):
+                case Wait(until=until):
+                    if until is not None:
+                        self._queue.add_by(runner.runner_id, until - self._now())
+                case _:
+                    self._queue.add(runner.runner_id)
 
     async def _take_over(self, key: str) -> None:
         """Take up what another replica has left, engines without a record included."""
@@ -358,15 +377,16 @@ class Reconciler:
         await asyncio.sleep(RESYNC_SECONDS)
         mine = self._ownership.holds(self._ownership.key_of(name))
         running = {runner.runner_id: runner for runner in (await self._store.accepted(name) if mine else [])}
-        try:
-            seen = await engine.launcher.observe([_handle(runner) for runner in running.values()]) if mine else {}
-        except LauncherUnavailable:
+        seen: Mapping[str, Observation] = {}
+        with contextlib.suppress(LauncherUnavailable):
+            seen = await engine.launcher.observe([_handle(runner) for runner in running.values()]) if running else {}
+        if running and not seen:
             engine.doubted.set()
-            return
+            engine.blind_since = engine.blind_since or self._now()
+        else:
+            engine.blind_since = None
         for runner_id, observation in seen.items():
-            begun = isinstance(observation, Running) and running[runner_id].phase is Phase.STARTING
-            if begun or isinstance(observation, Exited | Gone):
-                self._queue.add(runner_id)
+            self._weigh(running[runner_id], observation)
 
     async def _probe(self, name: str, engine: _Engine) -> None:
         """Ask an engine for a sign of life, from time to time, and at once when it is doubted."""
@@ -390,6 +410,14 @@ class Reconciler:
         engine.doubted.clear()
         if held.open:
             log.warning("%s answers again", name)
+
+    async def _stay_awake(self) -> None:
+        """Notice that we stood still or that the clock was set: whoever beat meanwhile was not heard."""
+        before = self._now()
+        await asyncio.sleep(AWAKE_SECONDS)
+        if not 0 <= self._now() - before <= AWAKE_SECONDS + SKEW_SECONDS:
+            log.warning("the clock went on by %.0f s at once; heartbeats count from now", self._now() - before)
+            self.excuse_silence()
 
     async def _sweep(self) -> None:
         """Find what engines hold of ours that is on no record, at start and from time to time."""
@@ -487,12 +515,24 @@ class Reconciler:
             return None
         if runner.traceparent:
             log_lines.trace_id.set(runner.traceparent.split("-")[1])
+        if runner.phase is Phase.QUEUED and self._ownership.elsewhere(runner):
+            return await self._end_in_queue(runner)
         async with self._ownership.owning(runner):
             try:
                 return await self._steps(runner, watch)
             except LauncherUnavailable:
                 self._doubt(runner.engine)
                 raise
+
+    async def _end_in_queue(self, runner: Runner) -> float | None:
+        """End one that waited too long for a place on another node, which may be dead; no engine knows of it."""
+        late = self._now() - LATE_SECONDS
+        match decide(runner, None, late, late):
+            case Become(runner=changed, event=event):
+                await self._store.change(runner, changed, event, self._now())
+                return None
+            case _:
+                return runner.launch_deadline - late
 
     def _doubt(self, engine: str) -> None:
         """Have an engine asked for a sign of life, because somebody got no answer from it."""
@@ -616,7 +656,8 @@ class Reconciler:
     async def _launch_failed(self, runner: Runner, error: LauncherUnavailable, *, begun_before: bool) -> Runner | None:
         self._doubt(runner.engine)
         longest = min(BACKOFF_SECONDS[1], runner.policy.retry_base_seconds * 2 ** min(len(runner.attempts), 30))
-        delay = error.retry_after or random.uniform(0, longest)  # noqa: S311 - full jitter
+        wish = min(error.retry_after or 0, RETRY_AFTER_SECONDS)
+        delay = wish or random.uniform(0, longest)  # noqa: S311 - full jitter
         # That nothing was done now says nothing of a call that was begun before, by us or a service before this one, and of
         # which the outcome is not on record.
         acted = error.acted or begun_before

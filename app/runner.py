@@ -17,6 +17,9 @@ from typing import assert_never
 from app.launcher import Exit, Exited, Gone, Handle, Observation, Place, Running, Starting
 from app.reason import Reason
 
+SKEW_SECONDS = 5.0
+"""How far the clocks of two replicas may be apart."""
+
 KILL_AGAIN_SECONDS = 5.0
 """How often a kill is repeated while the engine still says that the runner lives."""
 
@@ -305,8 +308,11 @@ def _live(runner: Runner, seen: Observation | None, now: float, since: float) ->
 
 
 def _stopping(stop: Stop, now: float) -> Action:
-    """Ask first, then kill. An order that could not be given in time is still given politely."""
-    if stop.grace_seconds <= 0 or (stop.sent and now >= stop.kill_at):
+    """Ask first, then kill. An order that could not be given in time is still given politely.
+
+    A clock that was set back since would let it live on for as much as that: then its time is up.
+    """
+    if stop.grace_seconds <= 0 or (stop.sent and not stop.at - SKEW_SECONDS <= now < stop.kill_at):
         return Order(0)
     if stop.sent:
         return Wait(stop.kill_at)

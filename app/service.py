@@ -394,7 +394,12 @@ class RunnerService:
         return last.decode(errors="replace").splitlines()[-LAST_LINES:]
 
     def heard(self, runner: Runner) -> tuple[float | None, bool]:
-        """Say when a runner's engine last answered, and whether that is too long ago to rely on."""
+        """Say when a runner's engine last answered, and whether that is too long ago to rely on.
+
+        Of an engine that only another node reaches, nothing is heard here but whether that node is alive.
+        """
+        if self._ownership.elsewhere(runner):
+            return None, not self._ownership.served(runner)
         answers = self._reconciler.engines().get(runner.engine, True)
         return self._reconciler.answered_at(runner.engine), not answers
 
@@ -455,7 +460,8 @@ class RunnerService:
             caller.require(Scope.ADMIN)
         while True:
             runner = await self._store.get((await self.get(given, caller)).runner_id)
-            if self._ownership.elsewhere(runner) and runner.home and not force:
+            queued = runner.phase is Phase.QUEUED  # no engine knows it, and any replica may end it
+            if self._ownership.elsewhere(runner) and runner.home and not force and not queued:
                 await self._send_to(runner.home, f"{runner.runner_id} runs on node {runner.home}")
             now = self._now()
             if force and runner.phase is not Phase.FINISHED:
@@ -480,7 +486,11 @@ class RunnerService:
             raise NotAuthenticated("not the token of this runner")
         if runner.phase is Phase.FINISHED:
             raise RunnerEnded(f"{runner_id} has ended: {runner.reason or 'completed'}")
-        await self._store.beat(runner_id, self._now())
+        try:
+            await self._store.beat(runner_id, self._now())
+        except Unavailable:
+            self._reconciler.excuse_silence()  # it is we who cannot hear
+            raise
         if runner.last_heartbeat is None:
             self._reconciler.wake(runner_id)
             await self._store.hint(runner_id)  # its deadline counts from here

@@ -247,13 +247,16 @@ class Store:
 
     # What replicas that share a database tell each other.
 
-    async def claim(self, keys: Sequence[str], node: str, url: str, seconds: float) -> dict[str, int]:
-        """Take or renew these leases as far as nobody else holds them; gives the generation of each that is ours."""
+    async def claim(self, keys: Sequence[str], node: str, url: str, seconds: float) -> tuple[dict[str, int], set[str]]:
+        """Take or renew these leases as far as nobody else holds them.
 
-        def write(connection: Connection, _: list[Change]) -> dict[str, int]:
-            held = _claim(connection, keys, seconds, self._claimed, replica=self._replica, node=node, url=url)
+        Gives the generation of each that is ours, and all that are held by anybody.
+        """
+
+        def write(connection: Connection, _: list[Change]) -> tuple[dict[str, int], set[str]]:
+            held, all_held = _claim(connection, keys, seconds, self._claimed, replica=self._replica, node=node, url=url)
             self._claimed = set(held)
-            return held
+            return held, all_held
 
         return await self._write(write)
 
@@ -553,15 +556,17 @@ def _change(
 
 def _claim(
     connection: Connection, keys: Sequence[str], seconds: float, claimed: Collection[str], **owner: str
-) -> dict[str, int]:
+) -> tuple[dict[str, int], set[str]]:
     """Take leases that ran out or are ours; the generation rises unless it is this process that renews."""
     now = float(connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())").scalar_one())
-    known = {row.key: row for row in connection.execute(sa.select(leases).where(leases.c.key.in_(keys)))}
+    known = {row.key: row for row in connection.execute(sa.select(leases))}
+    # One that lasts longer than any was written by a clock that has been set back since: nobody may be there to renew it.
+    lasting = {key for key, row in known.items() if now < row.expires_at <= now + 2 * seconds}
     held = {}
     for key in keys:
         row = known.get(key)
         ours = row is not None and row.replica == owner["replica"]
-        if row and not ours and row.expires_at > now:
+        if not ours and key in lasting:
             continue
         held[key] = row.generation + (not (ours and key in claimed)) if row else 1
         facts = {"generation": held[key], "expires_at": now + seconds, **owner}
@@ -569,7 +574,7 @@ def _claim(
             connection.execute(sa.update(leases).where(leases.c.key == key).values(facts))
         else:
             connection.execute(sa.insert(leases).values(key=key, **facts))
-    return held
+    return held, lasting | set(held)
 
 
 def _span(connection: Connection) -> tuple[int, int]:

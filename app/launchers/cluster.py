@@ -38,6 +38,9 @@ TELL_SECONDS = 10.0
 CREDENTIALS_SECONDS = 15.0
 """How long a plugin for credentials may take."""
 
+PAUSE_SECONDS = 30.0
+"""As long as the API may wish us all to wait; orders to end runners wait for it, too."""
+
 RENEW_SECONDS = 60.0
 """How old a service account's token may get before its file is read again."""
 
@@ -200,7 +203,7 @@ class Cluster:
         wish = response.headers.get("Retry-After", "")
         retry_after = float(wish) if wish.isdigit() else None
         if response.status == _TOO_MANY:
-            self._paused_until = time.monotonic() + (retry_after or 1)
+            self._paused_until = time.monotonic() + min(retry_after or 1, PAUSE_SECONDS)
             raise LauncherUnavailable(message, acted=False, retry_after=retry_after or 1)
         if response.status == _UNAUTHORIZED:
             raise LauncherUnavailable(f"the API does not accept our credentials: {message}", acted=False)

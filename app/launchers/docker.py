@@ -136,6 +136,10 @@ class DockerLauncher:
             await self._pull(spec, progress)
         try:
             container_id = await self._create(runner_id, config)
+        except LaunchRejected:
+            if found := await self._find(runner_id):  # by an engine that is stricter than it was
+                return await self._settle(runner_id, found, spec)
+            raise
         except DockerError as refusal:
             if found := await self._find(runner_id):
                 return await self._settle(runner_id, found, spec)

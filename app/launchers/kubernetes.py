@@ -67,6 +67,9 @@ GONE_SECONDS = 100.0
 """How long a pod may take to be gone. A kubelet of 1.20 lets go of one that never ran when it next collects its garbage,
 once a minute, and tells the API so within ten seconds more."""
 
+FORGET_SECONDS = 3600.0
+"""How long what is known of a runner of which nothing is left is kept for whoever is to tell its end and keep its log."""
+
 NEEDED = (
     ("create", "jobs"), ("get", "jobs"), ("list", "jobs"), ("watch", "jobs"), ("patch", "jobs"), ("delete", "jobs"),
     ("list", "pods"), ("watch", "pods"), ("delete", "pods"), ("get", "pods/log"),
@@ -233,11 +236,23 @@ class KubernetesLauncher:
         await self._until_nothing_lives(runner_id, GONE_SECONDS)
         if job is None:
             await self._remove_orphaned_secret(runner_id)
+        self._forget(runner_id)
+
+    def _forget(self, runner_id: str) -> None:
+        """Let go of what is known of a runner beside the copies."""
         if kept := self._kept.pop(runner_id, None):
             kept.stop()
         for known in (self._last, self._held, self._fates):
             known.pop(runner_id, None)
         self._signalled.discard(runner_id)
+
+    def _forget_later(self, runner_id: str) -> None:
+        """Do that for a runner of which something is gone, once all is: another replica may be the one that removes it."""
+        asyncio.get_running_loop().call_later(FORGET_SECONDS, self._forget_if_gone, runner_id)
+
+    def _forget_if_gone(self, runner_id: str) -> None:
+        if not self._pods_of.get(runner_id) and jobs.job_name(runner_id) not in self._jobs.objects:
+            self._forget(runner_id)
 
     async def _remove_orphaned_secret(self, runner_id: str) -> None:
         """Remove a Secret that has lost its owner: with its Job it goes by itself."""
@@ -630,6 +645,8 @@ class KubernetesLauncher:
         one = now or before
         if one and (before or one.end or one.failed or one.succeeded):  # of a new one there is nothing to say
             self._hint(one.runner_id)
+        if before and not now:
+            self._forget_later(before.runner_id)
 
     def _pod_changed(self, before: Pod | None, now: Pod | None) -> None:
         if now:
@@ -650,6 +667,7 @@ class KubernetesLauncher:
             if job and job.first_pod in {None, before.uid}:
                 self._last.setdefault(before.runner_id, before)
             self._hint(before.runner_id)
+            self._forget_later(before.runner_id)
 
     def _claim_if_needed(self, pod: Pod) -> None:
         job = self._jobs.objects.get(jobs.job_name(pod.runner_id))
