@@ -301,7 +301,18 @@ def test_137_alone_is_not_out_of_memory() -> None:
     assert signal.SIGKILL.name in end.message
 
 
-@pytest.mark.parametrize("code", [128, 129 + signal.NSIG, 255])
+def test_of_an_end_that_nothing_tells_255_is_made_up() -> None:
+    """The times of the state above; a machine that came up between them, before them, and after them."""
+    assert "does not know" in (exit_of(state(255), last_line=b"", oom_event=False).message or "")
+    booted_at = seconds("2026-11-23T11:30:01.0Z")
+    end = exit_of(state(255), last_line=b"", oom_event=False, booted_at=booted_at)
+    assert (end.code, end.signal, end.reason, end.finished_at) == (None, None, None, booted_at)
+    for other in ("2026-11-23T11:30:00.0Z", "2026-11-23T11:30:02.0Z"):
+        assert exit_of(state(255), last_line=b"", oom_event=False, booted_at=seconds(other)).code == 255
+    assert exit_of(state(1), last_line=b"", oom_event=False, booted_at=booted_at).code == 1
+
+
+@pytest.mark.parametrize("code", [128, 129 + signal.NSIG])
 def test_a_code_that_is_no_signals_says_nothing_more(code: int) -> None:
     assert exit_of(state(code), last_line=b"", oom_event=False).message is None
 

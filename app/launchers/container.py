@@ -44,6 +44,9 @@ _DEFAULT_RUNTIMES = ("", "runc", "crun", "io.containerd.runc.v2")
 NO_COMMAND = (126, 127)
 """What the init process ends with when there is no command that it could become."""
 
+MADE_UP = 255
+"""What an engine says where nothing tells how a container ended."""
+
 _INIT_SAYS = re.compile(rb"\[FATAL tini \(\d+\)\] (exec .+ failed: .+)")
 
 Json = dict[str, Any]
@@ -248,19 +251,23 @@ def log_may_be_cut(size: int, lines: int, labels: Mapping[str, str]) -> bool:
     return size + lines * _LOG_OVERHEAD > int(log_max_mib) * _MEBIBYTE
 
 
-def exit_of(state: Mapping[str, Any], *, last_line: bytes, oom_event: bool) -> Exit:
+def exit_of(state: Mapping[str, Any], *, last_line: bytes, oom_event: bool, booted_at: float | None = None) -> Exit:
     """Read the State of an exited container. The engine tells a code alone: of a signal it says 128 and its number.
 
-    That there is no such command is known to the init process alone, which says so in the last line of the log.
+    That there is no such command is known to the init process alone, which says so in the last line of the log. Of one
+    that ran when its machine went down the engine says 255. ``booted_at`` is when that machine came up; None: not known.
     """
     code = int(state["ExitCode"])
+    started_at, finished_at = seconds(state.get("StartedAt")), seconds(state.get("FinishedAt"))
+    if code == MADE_UP and booted_at and started_at and finished_at and started_at < booted_at <= finished_at:
+        return Exit(message="its machine went down while it ran, and nothing tells how it ended", finished_at=booted_at)
     message = state.get("Error") or None
     if code in NO_COMMAND and (said := _INIT_SAYS.fullmatch(last_line)):
         return Exit(
             code=code,
             reason=Reason.CONFIG_ERROR,
             message=f"the command cannot be run: {said[1].decode(errors='replace')}",
-            finished_at=seconds(state.get("FinishedAt")),
+            finished_at=finished_at,
         )
     if message is None and code > 128:  # noqa: PLR2004 - the shell's convention
         try:
@@ -269,12 +276,14 @@ def exit_of(state: Mapping[str, Any], *, last_line: bytes, oom_event: bool) -> E
             pass
         else:
             message = f"exited with code {code}, as a program does that {name} ends"
+    if message is None and code == MADE_UP:
+        message = f"exited with code {code}, which the engine says of an end that it does not know as well"
     oom_killed = code != 0 and (bool(state.get("OOMKilled")) or oom_event)
     return Exit(
         code=code,
         oom_killed=oom_killed,
         message=None if oom_killed else message,
-        finished_at=seconds(state.get("FinishedAt")),
+        finished_at=finished_at,
     )
 
 

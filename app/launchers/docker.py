@@ -10,11 +10,12 @@ Two clients: one for short calls, each with a deadline, one for streams (events,
 import asyncio
 import json
 import os
+import platform
 import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,6 +110,7 @@ class DockerLauncher:
         self._undisturbed: set[str] = set()
         self._oomed: set[str] = set()
         self._asked: set[str] = set()
+        self._ordered_at: dict[str, float] = {}
         self._orders: dict[str, set[asyncio.Task[Any]]] = {}
         self._pulls: dict[tuple[str, str | None], _Pull] = {}
         self._digests: dict[str, str] = {}
@@ -243,11 +245,12 @@ class DockerLauncher:
     async def _check_never_begun(self, container_id: str) -> None:
         """Refuse a container that is said to be created and was begun: an engine that is killed at that moment forgets it.
 
-        The init process is put into a container's files as it starts, and never before. Raises LauncherUnavailable.
+        The init process is put into a container's files as it starts, and never before; where ``/sbin`` is a link to
+        ``/usr/sbin``, it is there. Raises LauncherUnavailable.
         """
         with self._asking("looking at the container's files"):
             changes = await self._docker._query_json(f"containers/{container_id}/changes")  # noqa: SLF001 - has no other way
-        if any(change["Path"] == "/sbin/docker-init" for change in changes or ()):
+        if any(change["Path"].endswith("/docker-init") for change in changes or ()):
             text = (
                 "the engine died as it started the container, and does not know what became of it: it is not started again"
             )
@@ -378,7 +381,12 @@ class DockerLauncher:
                 if _status(about) != "dead":  # of one whose removal failed the engine gives no log
                     return None
         oom_event = await self._oom_told(about)
-        return self._ends.setdefault(container_id, Exited(exit_of(about["State"], last_line=last_line, oom_event=oom_event)))
+        here = self._socket is not None and (await self._engine()).name == platform.node()
+        booted_at = await asyncio.to_thread(_booted_at) if here else None
+        end = exit_of(about["State"], last_line=last_line, oom_event=oom_event, booted_at=booted_at)
+        if (ordered_at := self._ordered_at.get(container_id)) and end.finished_at:
+            end = replace(end, stopped=end.finished_at >= ordered_at)
+        return self._ends.setdefault(container_id, Exited(end))
 
     async def _oom_told(self, about: Json) -> bool:
         """Say whether the engine told that memory ran out. The event of it may come a moment after the death."""
@@ -458,6 +466,8 @@ class DockerLauncher:
             return
         undisturbed = container_id in self._undisturbed
         self._undisturbed.discard(container_id)
+        if self._socket is None and container_id not in self._ordered_at:
+            await self._note_the_time(container_id)
         try:
             with self._asking(f"stopping {handle.runner_id}", passes=(_NOT_FOUND, _CONFLICT)):
                 await self._docker.containers.container(container_id).kill(
@@ -474,6 +484,12 @@ class DockerLauncher:
             found = await self._find_ours(handle.runner_id)
             if found and _status(found) == "created":  # it will never end, having never begun
                 await self._delete(found["Id"])
+
+    async def _note_the_time(self, container_id: str) -> None:
+        """Ask an engine on another machine what time it is there: our clock does not say whether an end came of a stop."""
+        with suppress(LauncherUnavailable), self._asking("asking for the time"):
+            if at := seconds((await self._docker.system.info()).get("SystemTime")):
+                self._ordered_at[container_id] = at
 
     async def remove(self, handle: Handle) -> None:
         await self._orders_done(handle.runner_id, "create")
@@ -493,6 +509,7 @@ class DockerLauncher:
         self._undisturbed.discard(container_id)
         self._oomed.discard(container_id)
         self._asked.discard(container_id)
+        self._ordered_at.pop(container_id, None)
 
     async def _delete(self, container_id: str) -> None:
         """Remove a container, killing it if need be, and wait until it is gone."""
@@ -711,7 +728,9 @@ class DockerLauncher:
         try:
             with self._asking("looking at the container", passes=(_NOT_FOUND,)):
                 return dict(await self._docker.containers.container(name).show())
-        except DockerError:
+        except DockerError as error:
+            if "no such container" not in error.message.lower():  # whoever said so stands before the engine
+                raise LauncherUnavailable(f"{self._host}, looking at the container: {error.message}") from error
             return None
 
     async def _handle(self, about: Json) -> Handle:
@@ -839,6 +858,11 @@ def _in_dockers_words(error: DockerError) -> DockerError:
     """Podman tells some conflicts as faults of its own."""
     conflict = "already in use" in error.message or "container state improper" in error.message
     return DockerError(_CONFLICT, error.message) if conflict and error.status == _BROKEN else error
+
+
+def _booted_at() -> float:
+    """Say when this machine came up."""
+    return next(float(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
 
 
 def _no_such_image(error: DockerError) -> bool:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import until
 from docker_engine import IMAGE, Api, Gate, PrivateEngine
 from launcher_contract import HELLO, RUNS_ON, Harness, Impossible, LauncherContract, Script, exits, new_id
 
 from app.errors import LauncherUnavailable, LaunchRejected
-from app.launcher import Gone, Handle, LaunchSpec, Starting
+from app.launcher import Exit, Exited, Gone, Handle, LaunchSpec, Starting
 from app.launchers.container import (
     INSTALLATION,
     MAX_STRING_BYTES,
@@ -280,12 +281,13 @@ class TestDocker(LauncherContract):
         assert await self.read(first) == [b"hello"]
         assert await self.world.copies(first) == 1
 
-    async def test_a_container_that_was_begun_and_is_said_not_to_be_is_not_started(self) -> None:
+    @pytest.mark.parametrize("path", ["/sbin/docker-init", "/usr/sbin/docker-init"])
+    async def test_a_container_that_was_begun_and_is_said_not_to_be_is_not_started(self, path: str) -> None:
         """As an engine says that is killed while it starts one: the init process lies in the container by then."""
         runner_id = new_id()
         handle, spec = Handle(runner_id=runner_id), self.spec(HELLO, runner_id)
         sent = container_config(runner_id, spec, installation=self.world.installation, owner=None, engine=Engine())
-        name, path = NAME + runner_id, "/sbin/docker-init"
+        name = NAME + runner_id
         self.world.engine.ask("/containers/create", method="POST", params={"name": name}, json={**sent, "User": "0:0"})
         with tarfile.open(fileobj=(archive := io.BytesIO()), mode="w") as file:
             file.addfile(tarfile.TarInfo(path.lstrip("/")))
@@ -329,3 +331,31 @@ async def test_an_engine_on_a_port_is_reached_by_tls_alone(
     monkeypatch.setenv("DOCKER_CERT_PATH", str(private_engine.certificates / "nothing"))
     with pytest.raises(LaunchRejected, match="certificates"):
         DockerLauncher(host.replace("tcp:", "https:"), "installation-1")
+
+
+async def test_whether_a_stop_came_first_on_another_machine_is_told_by_that_machines_clock(
+    private_engine: PrivateEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_CERT_PATH", str(private_engine.certificates))
+    monkeypatch.setenv("DOCKER_TLS_VERIFY", "1")
+    async with aclosing(DockerLauncher(private_engine.tcp_host, "installation-1")) as launcher:
+        for script, came_first in (("trap 'exit 3' TERM; echo ready; sleep 60 & wait", True), ("echo ready; exit 3", False)):
+            runner_id = new_id()
+            command = ("sh", "-c", script)
+            handle = await launcher.launch(
+                runner_id, LaunchSpec(command=command, environment={}, context=b"{}", options={"image": IMAGE})
+            )
+            lines = launcher.logs(handle, follow=True)
+            assert (await anext(lines)).text == b"ready"
+            if not came_first:
+                assert [line async for line in lines] == []  # it has ended
+            await launcher.stop(handle, 10)
+
+            async def seen(handle: Handle = handle) -> Exit | None:
+                observation = (await launcher.observe([handle]))[handle.runner_id]
+                return observation.exit if isinstance(observation, Exited) else None
+
+            end = await until(seen)
+            assert end
+            assert (end.code, end.stopped) == (3, came_first)
+            await launcher.remove(handle)
