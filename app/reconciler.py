@@ -70,8 +70,8 @@ QUEUE, SWEEP = "queue ", "sweep "
 BACKOFF_SECONDS = (0.2, 10.0)
 """The first and the longest pause before an engine that did not answer is asked again."""
 
-RETRY_AFTER_SECONDS = 30.0
-"""As long as an engine may wish us to wait: a stop may have to wait for that."""
+UNKNOWN_SECONDS = 30.0
+"""As long as an engine may wish us to wait that may have started a runner: until then it cannot be stopped."""
 
 AWAKE_SECONDS = 2.0
 """How often we see that time passes for us as for the rest of the world."""
@@ -656,11 +656,11 @@ class Reconciler:
     async def _launch_failed(self, runner: Runner, error: LauncherUnavailable, *, begun_before: bool) -> Runner | None:
         self._doubt(runner.engine)
         longest = min(BACKOFF_SECONDS[1], runner.policy.retry_base_seconds * 2 ** min(len(runner.attempts), 30))
-        wish = min(error.retry_after or 0, RETRY_AFTER_SECONDS)
-        delay = wish or random.uniform(0, longest)  # noqa: S311 - full jitter
+        delay = error.retry_after or random.uniform(0, longest)  # noqa: S311 - full jitter
         # That nothing was done now says nothing of a call that was begun before, by us or a service before this one, and of
         # which the outcome is not on record.
         acted = error.acted or begun_before
+        delay = min(delay, UNKNOWN_SECONDS) if acted else delay
         failed = call_failed(runner, str(error), acted=acted, delay=delay, now=self._now(), reason=error.reason)
         written = await self._write(runner, failed, "attempt_failed", attempt=asdict(failed.attempts[-1]))
         if written:

@@ -17,7 +17,7 @@ from app.launcher import Exit, Handle, LaunchSpec, Place, Running
 from app.launchers.fake import FakeLauncher, FakeWorld
 from app.reason import Reason
 from app.reconciler import GRACE_SECONDS, RESYNC_SECONDS, STALE_SECONDS, SWEEP_SECONDS
-from app.runner import Phase, State, stop_asked
+from app.runner import Phase, State, Stop, stop_asked
 
 MANY = 150
 """More launches than any service works on at once."""
@@ -89,6 +89,15 @@ async def test_an_engines_own_wish_for_a_pause_is_heeded(house: House) -> None:
     assert (await house.get(name)).state is State.PENDING
     await house.advance(1)
     assert (await house.get(name)).phase is Phase.RUNNING
+
+
+@simulated
+async def test_a_wish_for_a_long_pause_keeps_no_runner_alive_that_is_to_be_stopped(house: House) -> None:
+    house.world.fail_launches(LauncherUnavailable("503", retry_after=3600), acts=True)
+    name = await house.launch()
+    await house.stop(name, grace=0)
+    await house.advance(31)
+    assert (await house.get(name)).reason is Reason.CANCELLED
 
 
 @simulated
@@ -336,6 +345,19 @@ async def test_while_an_engine_is_away_nothing_changes_but_its_age_and_it_recove
 
 
 @simulated
+async def test_an_engine_that_gives_signs_of_life_and_tells_of_no_runner_is_not_said_to_answer(house: House) -> None:
+    name = await house.launch()
+    house.world.silent.add(name)
+    await house.advance(STALE_SECONDS - RESYNC_SECONDS)
+    assert [*house.reconciler.engines().values()] == [True]
+    await house.advance(3 * RESYNC_SECONDS)
+    assert [*house.reconciler.answering().values()] == [False]
+    house.world.silent.clear()
+    await house.advance(RESYNC_SECONDS)
+    assert [*house.reconciler.answering().values()] == [True]
+
+
+@simulated
 async def test_an_engine_that_never_answered_is_not_said_to_have_answered(house: House) -> None:
     await house.crash()
     with house.world.unavailable():
@@ -425,6 +447,17 @@ async def test_a_stop_is_a_polite_order_first_and_a_kill_after_the_grace(house: 
     runner = await house.get(name)
     assert (runner.reason, runner.signal, runner.message) == (Reason.CANCELLED, "SIGKILL", "stopped by ann")
     assert house.calls(name, "stop") == ["stop", "stop"]
+
+
+@simulated
+async def test_a_clock_that_is_set_back_keeps_no_kill_waiting(house: House) -> None:
+    name = await house.launch("term")
+    runner = await house.get(name)
+    stop = Stop(reason=Reason.CANCELLED, message="stopped by ann", at=house.loop.now + 3600, grace_seconds=10, sent=True)
+    changed = replace(runner, phase=Phase.STOPPING, stop=stop)
+    await house.store.change(runner, changed, "stop_sent", house.loop.now)
+    await house.settle()
+    assert (await house.get(name)).reason is Reason.CANCELLED
 
 
 @simulated
@@ -659,6 +692,26 @@ async def test_silence_while_the_service_was_down_is_no_silence(house: House) ->
     await house.advance(19)
     assert (await house.get(name)).phase is Phase.RUNNING
     await house.advance(1)
+    assert (await house.get(name)).reason is Reason.HEARTBEAT_LOST
+
+
+@simulated
+async def test_silence_while_the_service_stood_still_or_its_clock_was_set_is_no_silence(house: House) -> None:
+    name = await house.launch(heartbeat_timeout_seconds=20)
+    await house.beat(name)
+    house.loop.now += 600
+    await house.settle()
+    await house.advance(19)
+    assert (await house.get(name)).phase is Phase.RUNNING
+    await house.advance(3)
+    assert (await house.get(name)).reason is Reason.HEARTBEAT_LOST
+
+
+@simulated
+async def test_a_heartbeat_that_another_replica_heard_of_first_counts_though_it_did_not_tell(house: House) -> None:
+    name = await house.launch(heartbeat_timeout_seconds=20)
+    await house.store.beat(name, house.loop.now)
+    await house.advance(20 + RESYNC_SECONDS)
     assert (await house.get(name)).reason is Reason.HEARTBEAT_LOST
 
 
