@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -465,6 +466,22 @@ async def test_a_log_is_kept_whole_when_its_engine_forgets_it(world: FakeWorld, 
     expected = b"".join(b"line %d\n" % number for number in range(1000)) + b"no end\n"
     assert await output(spool, engine) == expected
     assert await output(spool, engine, tail=2) == b"line 999\nno end\n"
+
+
+async def test_a_log_is_kept_also_on_another_file_system_than_the_engines(tmp_path: Path) -> None:
+    class HasFile(FakeLauncher):
+        @override
+        def log_file(self, handle: Handle) -> Path | None:
+            return tmp_path / "output.log"
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        assert Path(elsewhere).stat().st_dev != tmp_path.stat().st_dev
+        (tmp_path / "output.log").write_bytes(b"one\n")
+        spool, launcher = Spool(Path(elsewhere)), HasFile(FakeWorld())
+        for _ in range(2):
+            await spool.keep(launcher, HANDLE)
+        (tmp_path / "output.log").unlink()
+        assert [(file.name, file.read_bytes()) for file in Path(elsewhere).iterdir()] == [("runner-1.log", b"one\n")]
 
 
 async def test_keeping_again_after_the_engine_forgot_it_keeps_what_is_kept(

@@ -17,7 +17,19 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
-from conftest import Served, finished, launch_body, launched, local_pool, problem, record_of, served, until, write_pools
+from conftest import (
+    Json,
+    Served,
+    finished,
+    launch_body,
+    launched,
+    local_pool,
+    problem,
+    record_of,
+    served,
+    until,
+    write_pools,
+)
 from house import pool
 from postgres import Proxy
 from test_store import T, intent, make
@@ -43,12 +55,13 @@ async def replica(
     tmp_path: Path,
     database: str,
     node: str,
+    pools: Json | None = None,
     more: dict[str, str] | None = None,
     **wishes: Any,  # noqa: ANN401
 ) -> AsyncIterator[Served]:
     directory = tmp_path / node
     directory.mkdir(exist_ok=True)
-    write_pools(directory / "pools.yaml", {"local": local_pool(node="a"), "mine": local_pool()})
+    write_pools(directory / "pools.yaml", pools or {"local": local_pool(node="a"), "mine": local_pool()})
     settings = {"DATABASE_URL": database, "NODE": node, "SLOT_ROOTS": str(tmp_path / "slots"), **(more or {})}
     async with served(directory, **settings, **wishes) as running:  # type: ignore[arg-type]
         yield running
@@ -161,6 +174,48 @@ async def test_who_cannot_renew_stops_before_the_next_owner_may_act_and_writes_n
         assert await store.get(runner.runner_id) == runner
 
 
+async def test_a_lease_that_a_clock_set_back_made_last_for_hours_is_nobodys(postgres: str) -> None:
+    async with owner(postgres, "b") as (_, dead):
+        assert dead.holds("shared")
+        await dead.aclose()
+        with psycopg.connect(postgres) as admin:
+            admin.execute("UPDATE leases SET expires_at = extract(epoch FROM clock_timestamp()) + 3600")
+        async with owner(postgres, "c") as (_, next_one):
+            assert next_one.holds("shared")
+
+
+async def test_of_a_dead_node_runners_are_stale_and_those_in_its_queue_can_be_stopped_and_run_out_of_time(
+    postgres: str, tmp_path: Path
+) -> None:
+    pools = {
+        "local": local_pool(node="a", max_concurrency=1, queue_limit=8, launch_timeout_seconds=12),
+        "mine": local_pool(),
+    }
+    async with (
+        replica(tmp_path, postgres, "a", pools, leave_runners=True) as a,
+        replica(tmp_path, postgres, "b") as b,
+        a.client() as at_a,
+        b.client() as at_b,
+    ):
+        bodies = [launch_body(tmp_path / "slots" / f"s{n}", LONG) for n in range(3)]
+        lives = await launched(at_a, bodies[0])
+        waiting = [await at_a.post("/runners", json=body, headers={"Prefer": "wait=0"}) for body in bodies[1:]]
+        waits, is_stopped = [answer.json() for answer in waiting]
+        assert (await record_of(at_b, lives))["stale"] is False
+        await a.end(signal.SIGKILL)
+
+        async def stale() -> bool:
+            return bool((await record_of(at_b, lives))["stale"])
+
+        assert (await at_b.delete(f"/runners/{is_stopped['runner_id']}")).is_success
+        assert (await record_of(at_b, is_stopped))["reason"] == "cancelled"
+        await until(stale)
+        assert (await finished(at_b, waits))["reason"] == "queue_timeout"
+        assert (await record_of(at_b, lives))["phase"] != "finished"
+        async with replica(tmp_path, postgres, "a") as again, again.client() as client:
+            assert (await record_of(client, lives))["stale"] is False
+
+
 async def test_a_place_that_comes_free_as_the_database_goes_is_given_when_it_is_back(postgres: str, tmp_path: Path) -> None:
     proxy, feed, world = Proxy(), Feed(), FakeWorld()
     limited = pool(launching_limit=1)
@@ -216,8 +271,8 @@ async def test_one_replica_tells_webhooks_and_another_goes_on_when_it_dies(
 ) -> None:
     hooks = {"WEBHOOKS_FILE": str(targets(tmp_path, receiver))}
     async with (
-        replica(tmp_path, postgres, "a", hooks, mishaps=True) as a,
-        replica(tmp_path, postgres, "b", hooks, mishaps=True) as b,
+        replica(tmp_path, postgres, "a", more=hooks, mishaps=True) as a,
+        replica(tmp_path, postgres, "b", more=hooks, mishaps=True) as b,
         a.client() as at_a,
         b.client() as at_b,
     ):
@@ -249,11 +304,11 @@ async def test_what_a_teller_notes_after_another_has_told_it_is_refused(
 
     async with (
         proxy.serving(postgres) as way,
-        replica(tmp_path, way, "a", hooks, mishaps=True) as a,
+        replica(tmp_path, way, "a", more=hooks, mishaps=True) as a,
         a.client() as at_a,
     ):
         await until(lambda: telling(at_a))
-        async with replica(tmp_path, postgres, "b", hooks) as b, b.client() as at_b:
+        async with replica(tmp_path, postgres, "b", more=hooks) as b, b.client() as at_b:
             receiver.answer = refuse
             runner = await launched(at_b, launch_body(slot, pool="mine"))
             await finished(at_b, runner)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -404,11 +405,11 @@ def namespaces() -> list[str]:
 
 
 @asynccontextmanager
-async def on_a_small_disk(serve: Serve, state_dir: Path) -> AsyncIterator[tuple[Served, Path]]:
+async def on_a_small_disk(serve: Serve, state_dir: Path, pools: Json | None = None) -> AsyncIterator[tuple[Served, Path]]:
     """Serve with a state directory on a disk of 8 MiB; gives with it where the test finds that disk."""
     state_dir.mkdir()
     mount = f'mount -t tmpfs -o size=8m,mode=0700 tmpfs {state_dir} && exec "$0" "$@"'
-    async with serve(inside=[*namespaces(), "sh", "-c", mount], mishaps=True) as running:
+    async with serve(pools, inside=[*namespaces(), "sh", "-c", mount], mishaps=True) as running:
         yield running, Path(f"/proc/{running.process.pid}/root{state_dir}")
 
 
@@ -467,3 +468,30 @@ async def test_an_end_that_the_store_could_not_write_is_told_once_there_is_room(
         (disk / "filling").unlink()
         record = await finished(client, runner)
         assert (record["state"], record["exit_code"], record["reason"]) == ("failed", 7, "exit_nonzero")
+
+
+@pytest.mark.fault("the disk is full, for state and logs")
+async def test_heartbeats_that_the_store_could_not_write_end_no_runner(serve: Serve, slot: Path, state_dir: Path) -> None:
+    limit = 3
+    pools = {"local": local_pool(heartbeat_timeout_seconds=limit)}
+    async with on_a_small_disk(serve, state_dir, pools) as (running, disk), running.client() as client:
+        runner = await launched(client, launch_body(slot, TELL + FOREVER))
+        headers = {"Authorization": f"Bearer {(await told(slot))['RUNNER_TOKEN']}"}
+
+        async def beat() -> int:
+            return (await client.post(f"{runner['links']['self']}/heartbeat", headers=headers)).status_code
+
+        async def refused() -> bool:
+            return await beat() == 503
+
+        assert await beat() == 204
+        await asyncio.to_thread(fill, disk)
+        await until(refused)  # what is left of a file that was there may hold some
+        silent_since = time.monotonic()
+        while time.monotonic() - silent_since < 2 * limit:
+            assert await beat() == 503
+            await asyncio.sleep(limit / 10)
+        (disk / "filling").unlink()
+        assert await beat() == 204
+        await asyncio.sleep(limit / 2)
+        assert (await client.get(runner["links"]["self"])).json()["phase"] == "running"

@@ -105,6 +105,29 @@ async def test_while_the_server_is_away_reads_are_refused_and_writes_wait(postgr
         assert [change.runner for change in told] == [runner, elsewhere, late]
 
 
+@pytest.mark.usefixtures("postgres")
+async def test_a_server_that_takes_no_writes_is_left_for_one_that_does() -> None:
+    """As after a failover, when a name still leads to the server that was demoted."""
+    with fresh_database() as database, psycopg.connect(database, autocommit=True) as admin:
+
+        def set_read_only(word: str) -> None:
+            name = admin.info.dbname
+            admin.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = {word}'.encode())
+            everybody = (
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid != pg_backend_pid() AND datname = %s"
+            )
+            admin.execute(everybody, [name])
+
+        async with opened(database) as store:
+            set_read_only("on")
+            writing = asyncio.create_task(store.intend(intent(make())))
+            await asyncio.sleep(1)
+            assert not writing.done()
+            set_read_only("off")
+            runner, _ = await writing
+            assert await store.get(runner.runner_id) == runner
+
+
 async def test_a_server_that_is_away_at_the_start_is_waited_for(postgres: str) -> None:
     proxy = Proxy()
     async with proxy.serving(postgres) as url:
