@@ -3,12 +3,14 @@
 import asyncio
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import replace
@@ -21,7 +23,7 @@ from engines import missing, needs_root
 from app.errors import LauncherUnavailable
 from app.launcher import Exit, Exited, Handle, LaunchSpec, Running, Starting
 from app.launchers import cgroup
-from app.launchers.local_process import LocalProcessLauncher
+from app.launchers.local_process import SHIM, LocalProcessLauncher
 from app.launchers.run_directory import RunDirectory
 
 LEAVES_A_DAEMON = """
@@ -288,3 +290,45 @@ async def test_what_is_left_in_a_runners_session_ends_with_it_also_without_a_gro
     (tmp_path / "go").touch()
     assert (await ended(launcher, handle)).code == 0
     assert not lives(left)
+
+
+async def run_shim(shell: str, place: Path, environment: Mapping[str, str], *command: str) -> tuple[str, bytes]:
+    """Let a shell be the shim of a command; gives its word of the end, and the output."""
+    program, *applet = shell.split()
+    setsid, sleep = shutil.which("setsid"), shutil.which("sleep")
+    if not (path := shutil.which(program)):
+        pytest.skip(f"there is no {program} on this machine")
+    assert setsid
+    assert sleep
+    place.mkdir()
+    os.mkfifo(place / "alive")
+    for name in ("cgroups", "exit"):
+        (place / name).touch()
+    shim = [path, *applet, str(SHIM), str(place), "1000", "1", "1000", setsid, sleep, *command]
+    process = await asyncio.create_subprocess_exec(
+        *shim, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+    _, output = await process.communicate()
+    assert process.returncode == 0
+    return read(place / "exit"), output
+
+
+SHELLS = pytest.mark.parametrize("shell", ["dash", "bash", "busybox sh"])
+
+
+@SHELLS
+async def test_the_environment_is_the_callers_whatever_the_shim_calls_its_own(shell: str, tmp_path: Path) -> None:
+    words = set(re.findall(r"[A-Za-z]\w*", SHIM.read_text())) - {"BASH_VERSION", "PATH"}
+    environment = {**dict.fromkeys(words, "kept"), "LC_ALL": "C.UTF-8", "LANG": "C.UTF-8"}
+    end, said = await run_shim(shell, tmp_path / "run", environment, "/bin/cat", "/proc/self/environ")
+    assert end.startswith("exit 0 ")
+    told = dict(line.split("=", 1) for line in said.decode().split("\0") if line)
+    assert {name: told.get(name) for name in environment} == environment
+
+
+@SHELLS
+@pytest.mark.parametrize(("deed", "word"), [("exit 137", "exit 137 "), ("exit 0", "exit 0 "), ("kill -9 $$", "signal 9 ")])
+async def test_an_exit_is_told_from_a_kill_in_any_language(shell: str, deed: str, word: str, tmp_path: Path) -> None:
+    french = {"LANG": "C.UTF-8", "LANGUAGE": "fr"}  # in which bash knows another word for `Exit`, where it knows any
+    end, _ = await run_shim(shell, tmp_path / "run", french, "/bin/sh", "-c", deed)
+    assert end.startswith(word)
