@@ -25,6 +25,7 @@ from app.launcher import Exit, Exited, Handle, LaunchSpec, Running, Starting
 from app.launchers import cgroup
 from app.launchers.local_process import SHIM, LocalProcessLauncher
 from app.launchers.run_directory import RunDirectory
+from app.reason import Reason
 
 LEAVES_A_DAEMON = """
 import os, sys, time
@@ -35,6 +36,13 @@ if os.fork() == 0:
 while not os.path.exists("go"): time.sleep(0.01)
 """
 """It keeps the session, and leaves the process group, its environment and its parent behind."""
+
+COUNTS_TERMS = """
+import signal
+signal.signal(signal.SIGTERM, lambda *_: print("asked", flush=True))
+print("up", flush=True)
+while True: signal.pause()
+"""
 
 ENDS_ITS_FIRST_THREAD = """
 import ctypes, threading, time
@@ -95,6 +103,10 @@ async def ended(launcher: LocalProcessLauncher, handle: Handle) -> Exit:
     seen = await until(end)
     assert seen
     return seen.exit
+
+
+async def lines(launcher: LocalProcessLauncher, handle: Handle) -> list[bytes]:
+    return [line.text async for line in launcher.logs(handle)]
 
 
 def stat(pid: int) -> list[str]:
@@ -290,6 +302,66 @@ async def test_what_is_left_in_a_runners_session_ends_with_it_also_without_a_gro
     (tmp_path / "go").touch()
     assert (await ended(launcher, handle)).code == 0
     assert not lives(left)
+
+
+async def test_the_deadline_brings_a_stop_no_second_term_and_its_kill_not_before_its_grace_is_over(
+    launcher: LocalProcessLauncher, tmp_path: Path, runner_id: str
+) -> None:
+    wanted = spec(tmp_path, runner_id, sys.executable, "-c", COUNTS_TERMS)
+    handle = await launcher.launch(runner_id, replace(wanted, run_timeout_seconds=1, stop_grace_seconds=0.1))
+    await until(lambda: lines_are(launcher, handle, b"up"))
+    asked = time.time()
+    await launcher.stop(handle, 4)  # and nobody comes to kill it, as if the service had died
+    await launcher.stop(handle, 4)
+    end = await ended(launcher, handle)
+    assert (end.signal, end.stopped, end.reason) == ("SIGKILL", True, None)
+    assert end.finished_at
+    assert end.finished_at - asked > 3.9
+    assert await lines(launcher, handle) == [b"up", b"asked"]
+
+
+async def test_a_stop_brings_no_second_term_where_the_deadline_has_brought_one(
+    launcher: LocalProcessLauncher, tmp_path: Path, runner_id: str
+) -> None:
+    wanted = spec(tmp_path, runner_id, sys.executable, "-c", COUNTS_TERMS)
+    handle = await launcher.launch(runner_id, replace(wanted, run_timeout_seconds=0.1, stop_grace_seconds=2))
+    await until(lambda: lines_are(launcher, handle, b"up", b"asked"))
+    await launcher.stop(handle, 10)
+    end = await ended(launcher, handle)
+    assert (end.signal, end.reason) == ("SIGKILL", Reason.DEADLINE_EXCEEDED)
+    assert await lines(launcher, handle) == [b"up", b"asked"]
+
+
+async def lines_are(launcher: LocalProcessLauncher, handle: Handle, *texts: bytes) -> bool:
+    return await lines(launcher, handle) == [*texts]
+
+
+async def test_an_order_whose_term_was_never_sent_is_made_good_by_the_deadline(
+    launcher: LocalProcessLauncher, tmp_path: Path, place: Path, runner_id: str
+) -> None:
+    wanted = spec(tmp_path, runner_id, sys.executable, "-c", COUNTS_TERMS)
+    handle = await launcher.launch(runner_id, replace(wanted, run_timeout_seconds=0.1, stop_grace_seconds=0.2))
+    (place / "stop").touch()  # and the service dies
+    end = await ended(launcher, handle)
+    assert (end.signal, end.stopped) == ("SIGKILL", True)
+    assert await lines(launcher, handle) == [b"up", b"asked"]
+
+
+async def test_who_ends_by_itself_before_the_signal_comes_was_not_stopped(
+    launcher: LocalProcessLauncher, tmp_path: Path
+) -> None:
+    """The moment is short: whoever sees that a stop is noted ends at once, and some are faster than the signal."""
+    script = 'echo up; until [ -e "${TASK_CONTEXT_FILE%/*}/stop" ]; do :; done; exit 7'
+    for attempt in range(300):
+        handle = await launcher.launch(runner_id := new_id(), spec(tmp_path, runner_id, "sh", "-c", script))
+        (tmp_path / "runners" / runner_id / "cgroups").write_text("")  # to find the others takes longer then
+        await until(lambda: lines_are(launcher, handle, b"up"))  # noqa: B023 - it is awaited here
+        await launcher.stop(handle, attempt % 2 * 10)
+        end = await ended(launcher, handle)
+        await launcher.remove(handle)
+        if (end.code, end.stopped) == (7, False):
+            return
+    pytest.fail("all were stopped")
 
 
 async def run_shim(shell: str, place: Path, environment: Mapping[str, str], *command: str) -> tuple[str, bytes]:

@@ -151,7 +151,8 @@ class LocalProcessLauncher:
     async def stop(self, handle: Handle, grace: float) -> None:
         run = await self._find(handle.runner_id)
         if run and not run.ended:
-            _insist(await _until_gone(functools.partial(self._place(handle.runner_id).order_end, kill=grace <= 0)), handle)
+            async with run.concluding:  # what is noted of the order may be taken back
+                _insist(await _until_gone(functools.partial(self._place(handle.runner_id).order_end, grace)), handle)
 
     async def logs(
         self, handle: Handle, *, after: str | None = None, since: float | None = None, follow: bool = False

@@ -25,6 +25,11 @@ def numbering() -> str:
     return f"{(PROC / 'sys/kernel/random/boot_id').read_text().strip()} {(PROC / 'self/ns/pid').readlink()}"
 
 
+def uptime() -> float:
+    """Say for how many seconds this machine is up, as shims read it."""
+    return float((PROC / "uptime").read_text().split()[0])
+
+
 def ticks(uptime: str) -> int:
     """Turn a time as /proc/uptime has it, in seconds since boot, into that of a process's start. Raises ValueError."""
     return round(float(uptime) * os.sysconf("SC_CLK_TCK"))
@@ -110,10 +115,17 @@ class Tree:
             return [Process(row.pid, row.start_time) for row in rows]
         return _search(self)
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to all that live, the main process first: it must not take its children's end for their failure."""
-        for process in sorted(self.processes(), key=lambda process: process != self.main):
-            process.kill(number)
+    def signal(self, number: signal.Signals) -> bool:
+        """Send a signal to all that live, the main process first: it must not take its children's end for their failure.
+
+        False if the main process had ended.
+        """
+        found = self.processes()
+        reached = self.main is None or self.main.kill(number)  # whose number means nothing here may well live
+        for process in found:
+            if process != self.main:
+                process.kill(number)
+        return reached
 
     def kill(self) -> bool:
         """Kill all that live; True if none did. What was killed takes a moment to be gone, so it is to be done again."""

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import functools
 import json
+import math
 import os
 import pwd
 import secrets
@@ -270,21 +271,30 @@ class RunDirectory:
             isolation=about.get("isolation", "none"),
         )
 
-    def order_end(self, *, kill: bool) -> bool:
-        """Send TERM to the whole tree, or kill it; notes first that the end, if it comes now, was ordered.
+    def order_end(self, grace: float) -> bool:
+        """Send TERM to the whole tree, once, or kill it with a grace of 0; notes first that the end was ordered.
 
         Nothing on a runner that has ended. False while what was killed is not gone. Raises LauncherUnavailable.
         """
-        main = self._process("pid")
+        main, stop, kill = self._process("pid"), self.path / "stop", grace <= 0
         if main is None:
             raise LauncherUnavailable(f"{self.runner_id} is just being started")
         if self._end() or not main.alive:
             return True
-        (self.path / "stop").touch()
+        if not kill and (self.path / "deadline").exists():  # its shim has sent TERM, and is to kill it
+            return True
+        before = stop.read_text() if stop.exists() else None
+        stop.touch()
         if kill:
-            return self._tree.kill()
-        self._tree.signal(signal.SIGTERM)
-        return True
+            reached, gone = main.kill(signal.SIGKILL), self._tree.kill()
+        else:
+            reached, gone = bool(before) or self._tree.signal(signal.SIGTERM), True
+        if before is None and not reached:  # it has ended by itself meanwhile
+            stop.unlink(missing_ok=True)
+        elif not kill:
+            with contextlib.suppress(OSError):  # on a full disk its deadline may bring TERM again
+                self._write("stop", f"{math.ceil(process_tree.uptime() + grace)}\n".encode())
+        return gone
 
     # After the end of its shim.
 

@@ -12,7 +12,12 @@
 #   pid     "PID STARTTIME" of the runner's main process
 #   exit    "exit CODE UPTIME" or "signal NUMBER UPTIME", written last, over what keeps the room for it on the
 #           disk; the time, in seconds since boot, is that of the end
-#   deadline  created when this shim, and not the service, ended the runner because DEADLINE seconds had passed
+#   deadline  created when this shim, and not the service, sent TERM because DEADLINE seconds had passed
+#
+# And what the service leaves there for the shim:
+#   stop    created before the service sends TERM or KILL; once TERM has gone out it holds the time, in whole seconds since
+#           boot, at which the service kills. Then DEADLINE brings no second TERM, which many a program takes for "at
+#           once"; the kill comes then from here if the service has died meanwhile
 #
 # What is set here, and was in the environment, the runner would be told. So all names begin with _shim.
 #
@@ -66,7 +71,14 @@ main() {
         read -r _ start <"$2/pid" && read -r stat <"/proc/$1/stat" && set -- ${stat##*) } && [ "${20}" = "$start" ]
       }
       "$5" "$1"; lives "$3" "$4" || exit
-      : >"$4/deadline"; kill -15 "-$3"; "$5" "$2"; lives "$3" "$4" && kill -9 "-$3"
+      if read -r kill_at <"$4/stop"; then
+        read -r now _ </proc/uptime
+        set -- "$1" "$((kill_at - ${now%.*}))" "$3" "$4" "$5" # `sleep` refuses what is below 0 at once
+      else
+        true >"$4/deadline" # and not `:`, with which a full disk would end this shell
+        kill -15 "-$3"
+      fi
+      "$5" "$2"; lives "$3" "$4" && kill -9 "-$3"
     ' timer "$_shim_deadline" "$_shim_grace" "$_shim_main" "$_shim_dir" "$_shim_sleep" 9<&- &
     _shim_timer=$!
   fi
