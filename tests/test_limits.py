@@ -2,12 +2,14 @@
 
 import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import until
-from engines import REQUIRED
+from engines import REQUIRED, missing
 
 from app.launcher import EnforcedBy, Exit, Exited, Handle, LaunchSpec, Running
 from app.launchers import cgroup
@@ -129,3 +131,57 @@ async def test_a_process_that_leaves_session_and_environment_behind_dies_with_it
     pid = (tmp_path / "escaped").read_text().strip()
     status = Path(f"/proc/{pid}/status")
     assert not status.exists() or re.search(r"State:\s+Z", status.read_text())
+
+
+def needs_version_2() -> Path:
+    """Give the home of runners' groups."""
+    if not (home := cgroup.probed().unified):
+        missing("cgroup2", "this user may make no control groups of version 2 on this machine")
+    return home
+
+
+@pytest.mark.timeout(300)
+async def test_a_runner_that_makes_a_group_of_threads_can_be_stopped_and_removed(
+    launcher: LocalProcessLauncher, tmp_path: Path
+) -> None:
+    home, runner_id = needs_version_2(), "runner-00000000abce"
+    group = home / runner_id
+    script = f"mkdir {group}/own && echo threaded >{group}/own/cgroup.type && echo 0 >{group}/own/cgroup.procs && "
+    spec = LaunchSpec(
+        command=("sh", "-c", f"{script} echo $$ >up; exec sleep 1000"),
+        environment={"PATH": os.environ["PATH"]},
+        context=b"{}",
+        working_dir=str(tmp_path),
+    )
+    handle = await launcher.launch(runner_id, spec)
+    await until((tmp_path / "up").exists, SECONDS)
+    await launcher.stop(handle, 0)
+
+    async def ended() -> bool:
+        return isinstance((await launcher.observe([handle]))[runner_id], Exited)
+
+    await until(ended, SECONDS)
+    await launcher.remove(handle)
+    assert not group.exists()
+
+
+@pytest.mark.timeout(300)
+def test_processes_in_a_group_of_threads_are_found() -> None:
+    """Where no controllers are handed on a runner may do this to its own group."""
+    above = needs_version_2().with_name("test-of-threads")
+    group = cgroup.Group(above / "threads")
+    (above / "threads").mkdir(parents=True)
+    try:
+        (above / "threads" / "cgroup.type").write_text("threaded")
+        script = "import threading, time; threading.Thread(target=time.sleep, args=(1000,)).start(); print(flush=True)"
+        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+            try:
+                assert process.stdout
+                process.stdout.readline()
+                (above / "threads" / "cgroup.procs").write_text(str(process.pid))
+                assert set(group.processes()) == {process.pid}
+            finally:
+                process.kill()
+    finally:
+        group.remove()
+        above.rmdir()

@@ -62,7 +62,7 @@ class Group:
         for directory in self.directories[:1]:
             for group in _with_subgroups(directory):
                 try:
-                    yield from map(int, (group / "cgroup.procs").read_text().split())
+                    yield from _processes_in(group)
                 except OSError as error:
                     if error.errno not in (errno.ENOENT, errno.ENODEV):  # else it was just removed
                         raise
@@ -92,6 +92,17 @@ class Group:
                     if time.monotonic() > deadline:
                         break
                     time.sleep(0.005)
+
+
+def _processes_in(group: Path) -> Iterator[int]:
+    try:
+        yield from map(int, (group / "cgroup.procs").read_text().split())
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        for thread in (group / "cgroup.threads").read_text().split():  # the runner has made it a group of threads
+            if status := _read(Path("/proc", thread, "status")):
+                yield int(status.partition("\nTgid:")[2].split(maxsplit=1)[0])
 
 
 def _with_subgroups(directory: Path) -> list[Path]:
