@@ -60,6 +60,8 @@ _REFUSED_IN_RUNNER: Mapping[str, str] = {
     "workingDir": "is the launcher's: a runner starts in /workspace",
     "stdin": "is not for a runner: nobody types",
     "tty": "is not for a runner: nobody types",
+    "restartPolicy": _ONE_POD,
+    "restartPolicyRules": _ONE_POD,
 }
 _LISTS: tuple[_Path, ...] = tuple(
     (*_POD, name) for name in ("containers", "initContainers", "volumes", "tolerations", "imagePullSecrets")
@@ -91,6 +93,11 @@ def faults(template: Mapping[str, JsonValue], reserved: frozenset[str]) -> Itera
     for index, container in enumerate(_maps(_at(template, (*_POD, "containers")))):
         if container.get("name") == CONTAINER:
             yield from _runner_faults((*_POD, "containers", index), container, reserved)
+    for kind in ("containers", "initContainers"):
+        for index, container in enumerate(_maps(_at(template, (*_POD, kind)))):
+            for number, rule in enumerate(_maps(container.get("restartPolicyRules"))):
+                if rule.get("action") == "RestartAllContainers":  # the runner with them
+                    yield (*_POD, kind, index, "restartPolicyRules", number, "action"), _ONE_POD
 
 
 def _runner_faults(at: _Path, container: Mapping[str, JsonValue], reserved: frozenset[str]) -> Iterator[_Fault]:

@@ -254,6 +254,21 @@ def test_the_secret_belongs_to_the_job_that_was_made(tmp_path: Path) -> None:
             "spec.template.spec.containers.0.image is the pool's key image",
         ),
         (
+            "{kind: Job, spec: {template: {spec: {containers: [{name: runner, restartPolicy: OnFailure}]}}}}",
+            "spec.template.spec.containers.0.restartPolicy is the launcher's",
+        ),
+        (
+            "{kind: Job, spec: {template: {spec: {containers: [{name: runner, restartPolicyRules: [{action: Restart}]}]}}}}",
+            "spec.template.spec.containers.0.restartPolicyRules is the launcher's",
+        ),
+        (
+            (
+                "{kind: Job, spec: {template: {spec: {initContainers: "
+                "[{restartPolicyRules: [{action: RestartAllContainers}]}]}}}}"
+            ),
+            "spec.template.spec.initContainers.0.restartPolicyRules.0.action is the launcher's",
+        ),
+        (
             "{kind: Job, spec: {template: {spec: {containers: [{name: runner, env: [{name: RUNNER_ID, value: x}]}]}}}}",
             "spec.template.spec.containers.0.env.0.name RUNNER_ID is set by the launcher",
         ),
