@@ -73,6 +73,9 @@ BACKOFF_SECONDS = (0.2, 10.0)
 UNKNOWN_SECONDS = 30.0
 """As long as an engine may wish us to wait that may have started a runner: until then it cannot be stopped."""
 
+WISH_SPREAD = 1.5
+"""By how much a launch may wait longer than its engine wishes, at random."""
+
 AWAKE_SECONDS = 2.0
 """How often we see that time passes for us as for the rest of the world."""
 
@@ -656,7 +659,9 @@ class Reconciler:
     async def _launch_failed(self, runner: Runner, error: LauncherUnavailable, *, begun_before: bool) -> Runner | None:
         self._doubt(runner.engine)
         longest = min(BACKOFF_SECONDS[1], runner.policy.retry_base_seconds * 2 ** min(len(runner.attempts), 30))
-        delay = error.retry_after or random.uniform(0, longest)  # noqa: S311 - full jitter
+        # Full jitter; those who were told to wait by one answer do not come back at one instant.
+        wish = error.retry_after
+        delay = wish * random.uniform(1, WISH_SPREAD) if wish else random.uniform(0, longest)  # noqa: S311
         # That nothing was done now says nothing of a call that was begun before, by us or a service before this one, and of
         # which the outcome is not on record.
         acted = error.acted or begun_before

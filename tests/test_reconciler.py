@@ -82,13 +82,18 @@ async def test_an_engine_that_refuses_is_asked_again_and_each_attempt_is_kept(ho
 
 
 @simulated
-async def test_an_engines_own_wish_for_a_pause_is_heeded(house: House) -> None:
-    house.world.fail_launches(LauncherUnavailable("429", acted=False, retry_after=70))
-    name = await house.launch()
-    await house.advance(69)
-    assert (await house.get(name)).state is State.PENDING
+async def test_an_engines_own_wish_for_a_pause_is_heeded_and_not_by_all_at_once(house: House) -> None:
+    for _ in range(4):
+        house.world.fail_launches(LauncherUnavailable("429", acted=False, retry_after=70))
+    names = [await house.launch() for _ in range(4)]
     await house.advance(1)
-    assert (await house.get(name)).phase is Phase.RUNNING
+    delays = [(await house.get(name)).attempts[0].delay_seconds or 0 for name in names]
+    assert all(70 <= delay <= 105 for delay in delays)
+    assert len(set(delays)) == 4
+    await house.advance(68)
+    assert {(await house.get(name)).state for name in names} == {State.PENDING}
+    await house.advance(36)
+    assert {(await house.get(name)).phase for name in names} == {Phase.RUNNING}
 
 
 @simulated
