@@ -78,6 +78,7 @@ def end_of(answer: Judgement) -> Exit:
 
 RUNNING = {"running": {"startedAt": THEN}}
 DISRUPTED = {"type": "DisruptionTarget", "status": "True", "message": "the cluster's words"}
+BY_KUBELET = {**DISRUPTED, "reason": "TerminationByKubelet"}
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,27 @@ DISRUPTED = {"type": "DisruptionTarget", "status": "True", "message": "the clust
         ({"phase": "Failed"}, ended(127, "ContainerCannotRun", message="no sh"), Reason.CONFIG_ERROR, "no sh"),
         ({"phase": "Failed"}, ended(128, "StartError", message="no sh"), Reason.CONFIG_ERROR, "no sh"),
         ({"phase": "Failed"}, None, Reason.LOST, "nothing tells"),
+        ({"phase": "Failed", "reason": "TopologyAffinityError", "message": "m"}, None, Reason.UNSCHEDULABLE, "Affinity"),
+        ({"phase": "Failed", "reason": "New", "message": "no room"}, None, Reason.LOST, "how its program did: New: no room"),
+        (
+            {"phase": "Failed", "reason": "Terminated", "message": "shutdown", "conditions": [BY_KUBELET]},
+            ended(143),
+            Reason.NODE_LOST,
+            "Terminated: shutdown",
+        ),
+        (
+            {"phase": "Failed", "reason": "Preempting", "message": "critical", "conditions": [BY_KUBELET]},
+            ended(143),
+            Reason.PREEMPTED,
+            "Preempting: critical",
+        ),
+        (
+            {"phase": "Failed", "reason": "Evicted", "message": "low on disk", "conditions": [BY_KUBELET]},
+            ended(137),
+            Reason.EVICTED,
+            "low on disk",
+        ),
+        ({"phase": "Failed", "conditions": [BY_KUBELET]}, ended(137), Reason.EVICTED, "the cluster's words"),
         (
             {"phase": "Failed", "conditions": [{**DISRUPTED, "reason": "PreemptionByScheduler"}]},
             ended(143),

@@ -52,12 +52,14 @@ _ENGINE = re.compile(r"^[a-z-]+://")
 _NOW = {"InvalidImageName": Reason.CONFIG_ERROR, "ErrImageNeverPull": Reason.IMAGE_NOT_FOUND}
 _PULL = {"ErrImagePull", "ImagePullBackOff", "ImageInspectError", "RegistryUnavailable", "SignatureValidationFailed"}
 _BROKEN = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError", "PostStartHookError"}
+_KUBELETS = "TerminationByKubelet"
+"""What befell a pod by its kubelet, of whatever cause: the pod's own reason says more."""
 _DISRUPTIONS = {
     "PreemptionByScheduler": Reason.PREEMPTED,
     "DeletionByTaintManager": Reason.NODE_LOST,
     "DeletionByPodGC": Reason.NODE_LOST,
     "EvictionByEvictionAPI": Reason.EVICTED,
-    "TerminationByKubelet": Reason.EVICTED,
+    _KUBELETS: Reason.EVICTED,
 }
 _POD_REASONS = {
     "Evicted": Reason.EVICTED,
@@ -71,6 +73,7 @@ _POD_REASONS = {
     "UnexpectedAdmissionError": Reason.UNSCHEDULABLE,
     "NodeAffinity": Reason.UNSCHEDULABLE,
     "NodePorts": Reason.UNSCHEDULABLE,
+    "TopologyAffinityError": Reason.UNSCHEDULABLE,
 }
 _EVENTS = {
     ("Preempted", ""): Reason.PREEMPTED,
@@ -468,7 +471,8 @@ def _end(pod: Pod, told: Mapping[str, Sequence[Warned]], *, stopped: bool | None
             words = how.get("message") or how.get("reason") or ""
             return Exit(reason=Reason.INIT_FAILED, message=f"{text}: {words}".strip(": "), stopped=stopped)
         what = "was deleted, not by us" if lost is Reason.DELETED else "ended"
-        reason, text = disruption or (lost, f"its pod {what}, and nothing tells how its program did")
+        text = ": ".join(filter(None, (f"its pod {what}, and nothing tells how its program did", _kubelets_words(pod))))
+        reason, text = disruption or (lost, text)
         return Exit(reason=reason, message=text, stopped=stopped)
     code, why, words = ended.get("exitCode"), ended.get("reason", ""), ended.get("message") or ""
     end = Exit(
@@ -505,16 +509,25 @@ def _vanished(pod: Pod | None, told: Mapping[str, Sequence[Warned]], *, stopped:
 
 def _disruption(pod: Pod, told: Mapping[str, Sequence[Warned]]) -> tuple[Reason, str] | None:
     """Give what befell a pod from outside, in the cluster's words."""
-    if pod.disruption and pod.disruption[0] in _DISRUPTIONS:
+    by_kubelet = _by_kubelet(pod)
+    if pod.disruption and pod.disruption[0] in _DISRUPTIONS and not (by_kubelet and pod.disruption[0] == _KUBELETS):
         return _DISRUPTIONS[pod.disruption[0]], ": ".join(filter(None, pod.disruption))
-    if pod.reason and pod.phase == "Failed":
-        known = _POD_REASONS.get(pod.reason)
-        known = known or (Reason.UNSCHEDULABLE if pod.reason.startswith("OutOf") else None)
-        if known:
-            return known, ": ".join(filter(None, (pod.reason, pod.message)))
+    if by_kubelet:
+        return by_kubelet, _kubelets_words(pod)
     if event := _event({pod.uid: told.get(pod.uid, ())}):
         return event
     return (Reason.NODE_LOST, f"nothing was heard of its node {pod.node} any more") if pod.silent else None
+
+
+def _by_kubelet(pod: Pod) -> Reason | None:
+    """Give why a kubelet ended a pod, or did not take it, if that is known here."""
+    if pod.phase != "Failed" or not pod.reason:
+        return None
+    return _POD_REASONS.get(pod.reason, Reason.UNSCHEDULABLE if pod.reason.startswith("OutOf") else None)
+
+
+def _kubelets_words(pod: Pod) -> str:
+    return ": ".join(filter(None, (pod.reason, pod.message)))
 
 
 def _event(told: Mapping[str, Sequence[Warned]]) -> tuple[Reason, str] | None:
