@@ -149,6 +149,15 @@ def test_a_program_that_completed_did_so_whatever_befell_its_pod() -> None:
     assert (end.code, end.reason) == (0, None)
 
 
+@pytest.mark.parametrize("code", [0, 3, 143])
+@pytest.mark.parametrize(("limit", "late"), [(59, True), (60, True), (61, False)])
+def test_a_deadline_is_the_end_of_what_it_ended_whatever_its_code(code: int, limit: int, late: bool) -> None:  # noqa: FBT001 - a table
+    over = pod(state=ended(code, finishedAt="2026-11-23T12:01:00Z"), phase="Failed", reason="DeadlineExceeded")
+    over["spec"]["activeDeadlineSeconds"] = limit
+    end = end_of(seen(job(), over))
+    assert (end.code, end.reason) == (code, Reason.DEADLINE_EXCEEDED if late else None)
+
+
 def test_out_of_memory_needs_a_non_zero_end() -> None:
     assert end_of(seen(job(), pod(state=ended(137, "OOMKilled"), phase="Failed"))).oom_killed
     assert not end_of(seen(job(), pod(state=ended(0, "OOMKilled"), phase="Succeeded"))).oom_killed

@@ -488,10 +488,20 @@ def _end(pod: Pod, told: Mapping[str, Sequence[Warned]], *, stopped: bool | None
         return replace(end, code=None, stopped=True, message=f"ended before it started: {words}")
     if why in {"ContainerCannotRun", "StartError"}:
         return replace(end, reason=Reason.CONFIG_ERROR, message=f"{why}: {words}")
-    if disruption and code != 0:
+    if disruption and _ended_it(disruption[0], pod, end):
         reason, text = disruption
         return replace(end, reason=reason, message=text)
     return replace(end, message=f"{why}: {words}" if end.oom_killed and words else None)
+
+
+def _ended_it(befell: Reason, pod: Pod, end: Exit) -> bool:
+    """Whether what befell a pod is what ended its program, whatever code that chose, and not the program itself before.
+
+    A kubelet says of its deadline also where a program ended by itself just before it looked.
+    """
+    if befell is Reason.DEADLINE_EXCEEDED and pod.deadline is not None and end.finished_at is not None:
+        return end.finished_at >= pod.deadline
+    return end.code != 0
 
 
 def _failed(state: Json) -> bool:
