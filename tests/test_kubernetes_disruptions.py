@@ -11,7 +11,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Self
@@ -26,7 +26,7 @@ from kubernetes_world import IMAGE, SESSION, Json, World, address_for_pods
 from launcher_contract import exits, new_id
 
 from app.errors import LauncherUnavailable, LaunchRejected
-from app.launcher import Gone, Handle, Running, Starting
+from app.launcher import Exited, Gone, Handle, Running, Starting
 from app.reason import Reason
 
 pytest_plugins = ["kubernetes_house"]
@@ -274,6 +274,10 @@ class EmptyNode:
             "PATCH", f"{self._path}/status", {"status": {"conditions": [ready], "capacity": room, "allocatable": room}}
         )
 
+    async def close(self) -> None:
+        """Take no more pods; nobody would let go of them."""
+        await self._world.call("PATCH", self._path, {"spec": {"unschedulable": True}})
+
     async def delete(self) -> None:
         await self._world.call("DELETE", self._path)
 
@@ -357,6 +361,22 @@ async def test_a_runner_on_a_node_that_is_lost_ends_as_that_once_nothing_of_it_c
 
 async def _no_pods(world: World, handle: Handle) -> bool:
     return not await world.pods(handle.runner_id)
+
+
+async def test_a_pod_that_somebody_deletes_is_told_as_deleted_with_the_code_that_its_node_tells(house: House) -> None:
+    async with EmptyNode(house.world) as node:
+        handle = await house.launch(exits(0), **node.options)
+        name = await node.run(handle.runner_id)
+        await house.running(handle)
+        await node.close()
+        await node.beat()
+        await house.world.call("DELETE", f"pods/{name}", {"gracePeriodSeconds": 30})
+        await node.end(name, 143)
+        end = await house.end(handle)
+        assert (end.code, end.reason, end.stopped) == (143, Reason.DELETED, False)
+        await node.let_go(name)
+        async with aclosing(house.reopen()) as other:  # it was written down
+            assert (await other.observe([handle]))[handle.runner_id] == Exited(end)
 
 
 async def test_a_stop_waits_for_the_last_words_of_a_pod_that_takes_no_signal_any_more(house: House) -> None:

@@ -357,6 +357,37 @@ def test_a_deleted_pod_whose_node_tells_no_code_is_told_as_deleted() -> None:
     assert end_of(seen(job(stopped_at="1"), silent)).stopped is True
 
 
+DELETED_AT = datetime.fromisoformat(THEN).timestamp()
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "notes", "reason"),
+    [
+        (ended(143), {}, {}, Reason.DELETED),
+        (ended(137, finishedAt="2026-11-23T12:00:30Z"), {}, {}, Reason.DELETED),
+        (ended(3, finishedAt="2026-11-23T11:59:59Z"), {}, {}, None),  # by itself, before
+        (ended(0, "Completed"), {}, {}, None),
+        (ended(137, "OOMKilled"), {}, {}, None),
+        (ended(143), {}, {"stopped_at": "1"}, None),
+        (ended(143), {}, {"stopping_at": f"{DELETED_AT}"}, None),  # ours, by deletion
+        (ended(143), {"reason": "Evicted"}, {}, Reason.EVICTED),
+        (ended(143), {"conditions": [{**DISRUPTED, "reason": "PreemptionByScheduler"}]}, {}, Reason.PREEMPTED),
+    ],
+)
+def test_a_deleted_pod_whose_node_tells_the_code_is_told_as_deleted_with_it(
+    state: Json, status: Json, notes: dict[str, str], reason: Reason | None
+) -> None:
+    deleted = pod(state=state, phase="Failed", **status)
+    deleted["metadata"] |= {"deletionTimestamp": "2026-11-23T12:00:30Z", "deletionGracePeriodSeconds": 30}
+    end = end_of(seen(job(**notes), deleted))  # type: ignore[arg-type] # notes are texts
+    assert (end.code, end.reason) == (state["terminated"]["exitCode"], reason)
+    assert end.stopped is bool(notes)
+    if reason is Reason.DELETED:
+        assert f"code {end.code}" in (end.message or "")
+        assert end_of(seen(job(), last=deleted)).reason is reason  # also once the pod is gone
+        assert unexplained(end)  # events may still say why
+
+
 def test_of_an_end_without_a_job_nothing_tells_whether_a_stop_came_first() -> None:
     assert end_of(seen(None, pod(state=ended(143), phase="Failed"))).stopped is None
 

@@ -118,6 +118,8 @@ class Job:
 class Pod:
     """What we keep of a pod; states as the API writes them. ``deadline`` is when the kubelet ends it.
 
+    ``deleted_at`` is when its deletion was asked for: what it has of grace begins there.
+
     ``silent``: the cluster has not heard of its node for so long that it takes it for not ready. ``sidecars`` are those of
     its init containers that go on beside the main one.
     """
@@ -127,7 +129,7 @@ class Pod:
     runner_id: str
     job: str | None
     created_at: float
-    deleted: bool
+    deleted_at: float | None
     silent: bool
     phase: str
     reason: str | None
@@ -146,6 +148,11 @@ class Pod:
     def place(self) -> Place:
         """Where it is, and of what image."""
         return Place(node=self.node, image_digest=self.image_digest)
+
+    @property
+    def deleted(self) -> bool:
+        """Whether its deletion was asked for."""
+        return self.deleted_at is not None
 
     @property
     def started(self) -> bool:
@@ -255,7 +262,7 @@ def read_pod(pod: Json) -> Pod:
         runner_id=_whose(metadata, job.get("name", "")),
         job=job.get("uid"),
         created_at=seconds(metadata["creationTimestamp"]),
-        deleted="deletionTimestamp" in metadata,
+        deleted_at=_deletion_asked(metadata),
         silent=_silent(conditions),
         phase=status.get("phase", "Pending"),
         reason=status.get("reason"),
@@ -272,6 +279,12 @@ def read_pod(pod: Json) -> Pod:
         inits=tuple((one["name"], one["state"]) for one in status.get("initContainerStatuses") or [] if one.get("state")),
         sidecars=frozenset(one["name"] for one in spec.get("initContainers") or [] if one.get("restartPolicy") == "Always"),
     )
+
+
+def _deletion_asked(metadata: Json) -> float | None:
+    """Say when a deletion was asked for; what the API writes is when its grace is over."""
+    at = metadata.get("deletionTimestamp")
+    return seconds(at) - (metadata.get("deletionGracePeriodSeconds") or 0) if at else None
 
 
 def _silent(conditions: Mapping[str, Json]) -> bool:
@@ -491,6 +504,9 @@ def _end(pod: Pod, told: Mapping[str, Sequence[Warned]], *, stopped: bool | None
     if disruption and _ended_it(disruption[0], pod, end):
         reason, text = disruption
         return replace(end, reason=reason, message=text)
+    if _by_deletion(pod, end):
+        text = f"its pod was deleted, not by us, and its program then exited with code {code}"
+        return replace(end, reason=Reason.DELETED, message=text)
     return replace(end, message=f"{why}: {words}" if end.oom_killed and words else None)
 
 
@@ -502,6 +518,12 @@ def _ended_it(befell: Reason, pod: Pod, end: Exit) -> bool:
     if befell is Reason.DEADLINE_EXCEEDED and pod.deadline is not None and end.finished_at is not None:
         return end.finished_at >= pod.deadline
     return end.code != 0
+
+
+def _by_deletion(pod: Pod, end: Exit) -> bool:
+    """Whether a program ended because somebody else deleted its pod: kubelets from 1.27 on tell the code of such a one."""
+    theirs = end.code != 0 and not end.stopped and not end.oom_killed
+    return theirs and pod.deleted_at is not None and end.finished_at is not None and end.finished_at >= pod.deleted_at
 
 
 def _failed(state: Json) -> bool:
