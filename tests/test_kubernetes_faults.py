@@ -416,6 +416,33 @@ async def test_without_a_way_into_the_pod_it_is_deleted(house: House) -> None:
         await house.world.call("PATCH", "roles/runner-launcher", {"rules": role["rules"]})
 
 
+@pytest.mark.slow
+async def test_a_pod_that_leaves_a_stop_unanswered_is_deleted_in_the_end(house: House) -> None:
+    handle = await house.ready(HANDLES_TERM)
+    async with Gate(house.world) as gate, aclosing(house.through(gate)) as launcher:
+        gate.deaf.add("/exec?")
+
+        async def taken() -> bool:
+            with contextlib.suppress(LauncherUnavailable):
+                await launcher.stop(handle, 5)
+                return True
+            return False
+
+        assert not await taken()
+        since = await _stopping_since(house, handle)
+        await until(taken, SECONDS)
+        assert await _stopping_since(house, handle) == since
+        end = await house.end(handle)
+        assert end.stopped is True
+        assert end.code in {None, 9}
+        assert await house.log(handle) == [b"ready", b"bye"]
+
+
+async def _stopping_since(house: House, handle: Handle) -> str:
+    job = await house.world.call("GET", f"jobs/{handle.job_name}")
+    return str(job["metadata"]["annotations"]["runner-launcher/stopping-at"])
+
+
 # What no record explains.
 
 

@@ -12,6 +12,7 @@ from app.launchers.pod import (
     Judgement,
     Warned,
     Withdraw,
+    leaves_unanswered,
     look,
     read_job,
     read_pod,
@@ -398,6 +399,15 @@ def test_a_pod_that_is_gone_is_judged_by_what_was_last_seen_of_it() -> None:
     assert (lost.code, lost.reason) == (None, Reason.DELETED)
     stopped = end_of(seen(job(stopped_at="1"), last=pod(state=RUNNING, phase="Running")))
     assert (stopped.code, stopped.stopped) == (None, True)
+
+
+@pytest.mark.parametrize(
+    ("since", "unanswered"), [(0, False), (29, False), (31, True), (-5, False), (-40, True), (None, True)]
+)
+def test_a_stop_is_not_left_unanswered_for_ever(since: float | None, unanswered: bool) -> None:  # noqa: FBT001 - a table
+    asked = read_job(job(stopping_at=f"{NOW - since}") if since is not None else job())
+    assert leaves_unanswered(asked, NOW) is unanswered
+    assert leaves_unanswered(None, NOW)  # nothing tells since when
 
 
 def test_of_a_stop_that_a_service_died_over_only_the_times_tell() -> None:

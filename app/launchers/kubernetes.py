@@ -149,7 +149,8 @@ class KubernetesLauncher:
             return
         # Copies are late: what is not known to have started may be at work all the same.
         begun = [pod for pod in known if pod.node and not pod.over]
-        reached = [await self._end_pod(job, pod, grace) for pod in begun]
+        reached = [await self._end_pod(await self._job(runner_id), pod, grace) for pod in begun]
+        job = await self._job(runner_id)  # as it is by now
         if job and not job.end and job.parallelism and not any(reached) and not any(pod.over for pod in known):
             await self._withdraw(job)
 
@@ -484,7 +485,7 @@ class KubernetesLauncher:
         body = {"metadata": {"annotations": {pods.END: pods.written(end)}}, "spec": {"parallelism": 0}}
         await self._patch(job, body)
 
-    async def _patch(self, job: Job, body: Json) -> None:
+    async def _patch(self, job: Job, body: Json) -> Job:
         body["metadata"]["uid"] = job.uid  # another Job of that name is not meant
         try:
             answer = await self._cluster.call("PATCH", self._cluster.path("jobs", job.name), body)
@@ -493,6 +494,7 @@ class KubernetesLauncher:
                 self._jobs.drop(job.name)
             raise LauncherUnavailable(f"Job {job.name} cannot be changed: {refused}") from refused
         self._jobs.put(answer)
+        return pods.read_job(answer)
 
     async def _claim(self, job: Job, pod: Pod) -> None:
         """Write down which pod is the runner, where the cluster may start a second one after it."""
@@ -503,14 +505,16 @@ class KubernetesLauncher:
 
     async def _end_pod(self, job: Job | None, pod: Pod, grace: float) -> bool:
         """Order a pod's end; says no where nothing of it has begun, as far as its node can tell."""
-        if job and job.stopping_at is None:
-            await self._mark(job, {pods.STOPPING: _now()})
-        match await self._signal(pod, "TERM" if grace > 0 else "KILL"):
+        first = job is not None and job.stopping_at is None
+        if job and first:
+            job = await self._mark(job, {pods.STOPPING: _now()})
+        politely = grace > 0 and not pods.leaves_unanswered(job, time.time())
+        match await self._signal(pod, "TERM" if grace > 0 else "KILL", insist=politely):
             case "told" if job is None:
                 self._signalled.add(pod.runner_id)  # there is no Job to write it on
             case "told" if job and not job.stopped:
                 await self._mark(job, {pods.STOPPED: _now()})
-            case "ended" if job and job.stopping_at is None:
+            case "ended" if job and first:
                 await self._mark(job, {pods.STOPPING: None})
             case "no way" if not pod.started:
                 return False
@@ -518,8 +522,11 @@ class KubernetesLauncher:
                 await self._end_by_deletion(job, pod, grace)
         return True
 
-    async def _signal(self, pod: Pod, name: str) -> Literal["told", "ended", "no way"]:
-        """Send a signal to every process of a pod, if there is one to hear it: a container may outlast its program a bit."""
+    async def _signal(self, pod: Pod, name: str, *, insist: bool = False) -> Literal["told", "ended", "no way"]:
+        """Send a signal to every process of a pod, if there is one to hear it: a container may outlast its program a bit.
+
+        To ``insist`` is to raise where no answer comes of a container that has started: it is to be tried again.
+        """
         try:
             await self._cluster.tell(pod.name, CONTAINER, f"kill -0 -1 && echo {TOLD} && kill -{name} -1")
         except Refused as refused:
@@ -531,7 +538,7 @@ class KubernetesLauncher:
             log.info("%s: no way into its container: %s", pod.runner_id, refused)
             return "no way"
         except LauncherUnavailable as error:
-            if name == "TERM" and pod.started:
+            if insist and pod.started:
                 raise
             log.info("%s: no way into its container: %s", pod.runner_id, error)
             return "no way"  # if it is the whole API that is away, the next call will show it
@@ -541,8 +548,8 @@ class KubernetesLauncher:
         """Let a Job have no pod. What its pod came to until then is read from its last words."""
         await self._mark(job, {pods.STOPPING: _now()} if job.stopping_at is None else {}, {"spec": {"parallelism": 0}})
 
-    async def _mark(self, job: Job, notes: Mapping[str, str | None], besides: Json | None = None) -> None:
-        await self._patch(job, {"metadata": {"annotations": notes}, **(besides or {})})
+    async def _mark(self, job: Job, notes: Mapping[str, str | None], besides: Json | None = None) -> Job:
+        return await self._patch(job, {"metadata": {"annotations": notes}, **(besides or {})})
 
     async def _end_by_deletion(self, job: Job | None, pod: Pod, grace: float) -> None:
         """Delete a pod, and then let its Job have none: the other way round its grace would be the Job controller's."""

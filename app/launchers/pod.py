@@ -30,6 +30,9 @@ PULL_SECONDS = 30.0
 SETTLE_SECONDS = 30.0
 """How long something that is missing may stay missing: our own Secret comes after the Job."""
 
+UNANSWERED_SECONDS = 30.0
+"""How long a container that answers neither yes nor no is asked to stop, before its pod is deleted."""
+
 NO_POD_SECONDS = 6.0
 DYING_SECONDS = 10.0
 _PASSING = 0.9
@@ -416,6 +419,14 @@ def _stopped(job: Job | None, pod: Pod) -> bool | None:
     if job.stopped or job.stopping_at is None or not finished:
         return True
     return seconds(finished) >= math.floor(job.stopping_at)
+
+
+def leaves_unanswered(job: Job | None, now: float) -> bool:
+    """Whether a runner has left a stop unanswered for so long that its pod is to be deleted.
+
+    Where no Job tells since when, or a clock was set since, one try has to do.
+    """
+    return job is None or job.stopping_at is None or abs(now - job.stopping_at) > UNANSWERED_SECONDS
 
 
 def _refused(job: Job, message: str) -> Held:

@@ -178,12 +178,16 @@ async def api_reached(owner: World) -> AsyncIterator[Json]:
 
 
 class Gate:
-    """A plain HTTP proxy before the API, with its owner's rights: counts what is asked, and may answer in its place."""
+    """A plain HTTP proxy before the API, with its owner's rights: counts what is asked, and may answer in its place.
+
+    What has a word of ``deaf`` in it is not answered at all.
+    """
 
     def __init__(self, world: World) -> None:
         self._api = ApiClient(world.configuration)
         self.asked: list[str] = []
         self.answers: list[tuple[str, web.Response]] = []
+        self.deaf: set[str] = set()
         self.port = 0
 
     async def __aenter__(self) -> Self:
@@ -212,6 +216,8 @@ class Gate:
             if ask.startswith(prepared[0]):
                 self.answers.remove(prepared)
                 return prepared[1]
+        if any(word in ask for word in self.deaf):
+            await asyncio.Event().wait()
         headers = {key: value for key, value in request.headers.items() if key in {"Content-Type", "Accept"}}
         await self._api.update_params_for_auth(headers, [], ["BearerToken"])
         place = f"{self._api.configuration.host}{request.path_qs}"
