@@ -22,6 +22,7 @@ from launcher_contract import COUNTS_SLOWLY, HANDLES_TERM, LINES, LOOP, RUNS_ON,
 from app.errors import LauncherUnavailable, LaunchRejected
 from app.launcher import Exited, Gone, Handle, Observation, Running
 from app.launchers import open_launcher
+from app.launchers.kubernetes import KubernetesLauncher
 from app.launchers.pod import FIRST_POD
 from app.main import create_app
 from app.reason import Reason
@@ -609,6 +610,27 @@ async def test_a_follower_goes_on_behind_the_last_line_when_its_connection_break
             if len(lines) in {5, 20}:
                 await house.door.drop()
     assert lines == LINES[:40]
+
+
+@pytest.mark.slow
+async def test_a_follower_whose_connection_says_nothing_for_ever_goes_on_by_another(house: House) -> None:
+    handle = await house.launch(COUNTS_SLOWLY)
+    await house.running(handle)
+    async with Gate(house.world) as gate, aclosing(house.through(gate)) as launcher:
+        gate.deaf.add("follow=true")
+        following = asyncio.create_task(_followed(launcher, handle))
+        await until(lambda: _any_in(gate.asked, "follow=true"), SECONDS)
+        gate.deaf.clear()
+        async with asyncio.timeout(SECONDS):
+            assert await following == LINES[:40]
+
+
+async def _followed(launcher: KubernetesLauncher, handle: Handle) -> list[bytes]:
+    return [line.text async for line in launcher.logs(handle, follow=True)]
+
+
+async def _any_in(asked: Sequence[str], word: str) -> bool:
+    return any(word in ask for ask in asked)
 
 
 async def test_a_forgotten_version_is_listed_anew(house: House) -> None:

@@ -72,7 +72,31 @@ def test_lines_that_were_rotated_away_are_told_of() -> None:
     assert b"rotated" in later[0].text
     assert [line.text for line in later[1:]] == [b"line %d" % number for number in range(30, 50)]
     cut = read(lines[15:], cursor)
-    assert [line.text for line in cut if b"rotated" not in line.text] == [b"line %d" % number for number in range(21, 50)]
+    assert [line.text for line in cut] == [b"line %d" % number for number in range(21, 50)]  # only such as were had are gone
+
+
+def follow(lines: Sequence[bytes], after: str | None) -> list[LogLine]:
+    """Read what has come so far of an answer that goes on."""
+    reader = LogReader(parse(after))
+    return [line for each in lines if each[:19].decode() >= (reader.begins or "")[:19] for line in reader.feed(each + b"\n")]
+
+
+def test_a_quiet_follower_that_is_resumed_again_and_again_repeats_loses_and_misses_nothing() -> None:
+    lines = written([*(number * 0.01 for number in range(100)), 200, 400.5, 400.4, 900])
+    told: list[LogLine] = []
+    for there in (10, 10, 10, 100, 100, 101, 101, 101, 103, 103, 104, 104):  # so many are there when it is cut off
+        told += follow(lines[:there], told[-1].cursor if told else None)
+    assert [line.text for line in told] == [b"line %d" % number for number in range(104)]
+    assert not [line for line in told if line.gap]
+
+
+def test_a_follower_that_is_resumed_after_a_rotation_waits_for_no_line_that_is_gone() -> None:
+    lines = written([*(number * 0.01 for number in range(100)), 200, 201])
+    cursor = read(lines[:100])[-1].cursor
+    assert [line.text for line in follow(lines[97:], cursor)] == [b"line 100", b"line 101"]
+    gap, *rest = follow(lines[100:], cursor)
+    assert gap.gap
+    assert [line.text for line in rest] == [b"line 100", b"line 101"]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,9 @@ T = TypeVar("T")
 LOG_SECONDS = 0.3
 """How often a follower looks for a log that is not there yet, or was cut off."""
 
+LOG_SILENCE_SECONDS = 60.0
+"""After so much silence a log is asked for again, behind its last line: a half-open connection is silent for ever."""
+
 KEEP_SECONDS = 10.0
 """How long a log that is read as its pod ends is waited for: before the deletion to begin, and after the end to be whole."""
 
@@ -595,7 +598,7 @@ class KubernetesLauncher:
             query["follow"] = "true"
         try:
             path = self._cluster.path("pods", pod.name, "log")
-            async with self._cluster.stream(path, query, silence=None if follow else 60) as chunks:
+            async with self._cluster.stream(path, query, silence=LOG_SILENCE_SECONDS) as chunks:
                 if begun:
                     begun.set()
                 async for chunk in chunks:
@@ -609,7 +612,7 @@ class KubernetesLauncher:
         except LauncherUnavailable:
             if not follow or self._closed:
                 raise
-            return  # the connection broke: go on behind the last whole line
+            return  # the connection broke, or was silent for long: go on behind the last whole line
         if not follow:
             for line in reader.finish():
                 yield line

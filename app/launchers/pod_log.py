@@ -115,6 +115,8 @@ class LogReader:
                 self._count_held()
             else:
                 yield from self._resume_by_time()
+        elif self._after and _second(time) > self._after.second + 1:  # none that was had is so late: some of them are gone
+            yield from self._resume_by_time()
 
     def _count_held(self) -> None:
         for time, _ in self._held:
@@ -123,13 +125,14 @@ class LogReader:
         self._skip = 0
 
     def _resume_by_time(self) -> Iterator[LogLine]:
-        """Tell of a gap, then give what is later than the cursor: all that can be done where lines are gone."""
+        """Give what is behind the last line that was had. Where that is gone too, tell of a gap and give what is later."""
         held, last = list(self._held), self._after.time if self._after else ""
         self._held.clear()
         self._skip, self._after = 0, None
-        told_gap = False
-        for time, text in held:
-            if time.decode() <= last:
+        had = max((number for number, (time, _) in enumerate(held) if time.decode() == last), default=None)
+        told_gap = had is not None
+        for number, (time, text) in enumerate(held):
+            if time.decode() <= last if had is None else number <= had:
                 self._per_second[_second(time)] += 1
                 continue
             line = self._told(time, text)
