@@ -134,6 +134,7 @@ async def test_a_pod_beyond_the_quota_is_told_and_ends(house: House) -> None:
         handle = await house.launch(exits(0), launch_timeout_seconds=4)
         assert "exceeded quota" in await house.problem(handle)
         assert (await house.end(handle)).reason is Reason.QUOTA_EXCEEDED
+        assert await house.log(handle) == []  # nothing of it is lost
     finally:
         await house.world.call("DELETE", "resourcequotas/full")
 
@@ -157,6 +158,7 @@ async def test_what_stays_missing_ends_after_a_grace(house: House, options: Json
     end = await house.end(handle, seconds=180)
     assert end.reason is reason
     assert words in (end.message or "")
+    assert await house.log(handle) == []
 
 
 @pytest.mark.slow
@@ -190,6 +192,7 @@ async def test_a_runner_that_never_started_can_be_stopped(house: House) -> None:
     end = await house.end(handle)
     assert (end.code, end.reason, end.stopped) == (None, None, True)
     assert not await house.world.pods(handle.runner_id)
+    assert await house.log(handle) == []
 
 
 @pytest.mark.slow

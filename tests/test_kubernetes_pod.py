@@ -14,6 +14,7 @@ from app.launchers.pod import (
     Withdraw,
     leaves_unanswered,
     look,
+    never_began,
     read_job,
     read_pod,
     read_warning,
@@ -387,6 +388,37 @@ def test_a_deleted_pod_whose_node_tells_the_code_is_told_as_deleted_with_it(
         assert f"code {end.code}" in (end.message or "")
         assert end_of(seen(job(), last=deleted)).reason is reason  # also once the pod is gone
         assert unexplained(end)  # events may still say why
+
+
+WITHOUT_NODE = pod(phase="Pending")
+WITHOUT_NODE["spec"] = {}
+
+
+@pytest.mark.parametrize(
+    ("end", "last", "never"),
+    [
+        (Exit(reason=Reason.QUOTA_EXCEEDED, stopped=False), None, True),
+        (Exit(reason=Reason.UNSCHEDULABLE, stopped=False), WITHOUT_NODE, True),
+        (Exit(reason=Reason.IMAGE_NOT_FOUND, stopped=False), pod(state=waiting("ErrImagePull")), True),
+        (Exit(reason=Reason.LAUNCH_REJECTED, stopped=False), None, True),
+        (Exit(reason=Reason.CONFIG_ERROR, code=128), pod(state=ended(128, "StartError", startedAt=THEN)), True),
+        (Exit(reason=Reason.UNSCHEDULABLE, code=137), pod(state=ended(137, startedAt=THEN)), False),  # by a new kubelet
+        (Exit(reason=Reason.IMAGE_NOT_FOUND), pod(state=RUNNING, phase="Running"), False),  # in the last moment
+        (Exit(reason=Reason.DELETED), WITHOUT_NODE, False),
+        (Exit(reason=Reason.LOST), None, False),
+        (Exit(code=0), None, False),
+    ],
+)
+def test_a_runner_that_never_began_has_no_log_to_lose(end: Exit, last: Json | None, never: bool) -> None:  # noqa: FBT001 - a table
+    assert never_began(end, read_pod(last) if last else None) is never
+
+
+def test_what_was_stopped_before_it_had_a_node_never_began() -> None:
+    stopped = job(parallelism=0, stopping_at="1")
+    for last, never in ((None, True), (WITHOUT_NODE, True), (pod(phase="Pending"), False), (pod(state=RUNNING), False)):
+        end = end_of(seen(stopped, last=last))
+        assert end.stopped
+        assert never_began(end, read_pod(last) if last else None) is never
 
 
 def test_of_an_end_without_a_job_nothing_tells_whether_a_stop_came_first() -> None:

@@ -162,15 +162,17 @@ class KubernetesLauncher:
     ) -> AsyncIterator[LogLine]:
         while not self._closed:
             try:
-                pod, ended = await self._log_source(handle.runner_id)
-                kept = self._kept.get(handle.runner_id)
+                pod, end = await self._log_source(handle.runner_id)
+                ended, kept = end is not None, self._kept.get(handle.runner_id)
+                nothing_lost = end is not None and pods.never_began(end, pod or self._last.get(handle.runner_id))
+                no_loss = after == LOST or nothing_lost
                 if ended and kept:
                     await _briefly(kept.whole)
                     for line in kept.after(after):
-                        if not line.is_before(since):
+                        if not line.is_before(since) and not (line.cursor == LOST and no_loss):
                             yield line
                         after = line.cursor
-                    if not kept.whole.is_set() and after != LOST:
+                    if not kept.whole.is_set() and after != LOST and not no_loss:
                         yield LogLine(LOST, CUT_OFF, gap=True)
                 elif pod:
                     to_its_end = not follow or ended
@@ -178,12 +180,12 @@ class KubernetesLauncher:
                     if to_its_end and after is None and since is None and pod.started_at is not None:
                         lines = from_its_start(lines, pod.started_at)
                     async for line in lines:
-                        if line.cursor == LOST and (not ended or after == LOST):
+                        if line.cursor == LOST and (not ended or no_loss):
                             continue
                         if not line.is_before(since):
                             yield line
                             after = line.cursor  # it may be the first, before which not all was read
-                elif ended and after != LOST:
+                elif ended and not no_loss:
                     yield LogLine(LOST, b"[the log is lost: its pod was deleted]", gap=True)
             except LauncherUnavailable:
                 if not self._closed:
@@ -579,14 +581,15 @@ class KubernetesLauncher:
 
     # Logs.
 
-    async def _log_source(self, runner_id: str) -> tuple[Pod | None, bool]:
-        """Give the pod that has a runner's log, if there is one, and whether it has ended. Raises RunnerGone."""
+    async def _log_source(self, runner_id: str) -> tuple[Pod | None, Exit | None]:
+        """Give the pod that has a runner's log, if there is one, and its end, if it has one. Raises RunnerGone."""
         seen = (await self.observe([Handle(runner_id=runner_id)])).get(runner_id)
         if isinstance(seen, Gone):
             raise RunnerGone(f"namespace {self._cluster.namespace} has no runner {runner_id}")
         job = await self._job(runner_id)
         known = [pod for pod in self._known(runner_id) if not (job and job.first_pod) or pod.uid == job.first_pod]
-        return min(known, key=lambda pod: pod.created_at, default=None), isinstance(seen, Exited)
+        end = seen.exit if isinstance(seen, Exited) else None
+        return min(known, key=lambda pod: pod.created_at, default=None), end
 
     async def _read_log(
         self, pod: Pod, reader: LogReader, *, follow: bool, begun: asyncio.Event | None = None

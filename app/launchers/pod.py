@@ -38,6 +38,19 @@ DYING_SECONDS = 10.0
 _PASSING = 0.9
 """What may pass (a full cluster, a quota) has this share of the launch timeout: then it is told by its own name."""
 
+_NOT_STARTED = "ended before it started"
+_NEVER_BEGAN = {
+    Reason.CONFIG_ERROR,
+    Reason.ENGINE_UNAVAILABLE,
+    Reason.IMAGE_NOT_FOUND,
+    Reason.IMAGE_PULL_FAILED,
+    Reason.INIT_FAILED,
+    Reason.LAUNCH_REJECTED,
+    Reason.QUOTA_EXCEEDED,
+    Reason.UNSCHEDULABLE,
+}
+"""What ends a runner before its program begins."""
+
 _ON_ITS_WAY = {None, "ContainerCreating", "PodInitializing"}
 News = tuple[bool, bool, bool, bool, bool, str | None]
 NO_NEWS: News = (False, False, False, False, False, None)
@@ -341,6 +354,17 @@ def look(
     return _held(job, first, told.get(first.uid, ()))
 
 
+def never_began(end: Exit, last: Pod | None) -> bool:
+    """Whether a runner has ended of which no program ever ran, as far as is known: then it has no log to lose."""
+    if end.code is not None:
+        return end.reason is Reason.CONFIG_ERROR  # the code of what could not be executed
+    if last and last.started_at is not None:
+        return False
+    if end.reason is None:  # by a stop; what had a node may have begun unseen
+        return (end.message or "").startswith(_NOT_STARTED) and not (last and last.node)
+    return end.reason in _NEVER_BEGAN
+
+
 def unexplained(end: Exit) -> bool:
     """Whether a runner's end is neither its own doing nor ours, and nothing yet tells whose it is."""
     known = end.stopped or end.code == 0 or end.oom_killed
@@ -391,7 +415,7 @@ def _without_pod(job: Job, last: Pod | None, told: Mapping[str, Sequence[Warned]
         text = f"its pod was gone before it could be read: {words}"
         return Conclude(Exit(reason=reason, message=text, stopped=_asked(job) or None))
     if never:
-        return Conclude(Exit(stopped=True, message="ended before it started"))
+        return Conclude(Exit(stopped=True, message=_NOT_STARTED))
     if job.first_pod or job.parallelism == 0:
         return Conclude(_noted(job, _vanished(None, told, stopped=_asked(job))))
     refusals = [warned for warned in told.get(job.uid, ()) if warned.reason == "FailedCreate"]
@@ -509,7 +533,7 @@ def _end(pod: Pod, told: Mapping[str, Sequence[Warned]], *, stopped: bool | None
         reason, text = disruption or (lost, f"{why}: {words}")
         return replace(end, code=None, reason=reason, message=text)
     if why in {"ContainerCannotRun", "StartError"} and stopped:  # torn down as it was being made
-        return replace(end, code=None, stopped=True, message=f"ended before it started: {words}")
+        return replace(end, code=None, stopped=True, message=f"{_NOT_STARTED}: {words}")
     if why in {"ContainerCannotRun", "StartError"}:
         return replace(end, reason=Reason.CONFIG_ERROR, message=f"{why}: {words}")
     if disruption and _ended_it(disruption[0], pod, end):
