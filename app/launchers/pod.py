@@ -557,8 +557,8 @@ def _ended_it(befell: Reason, pod: Pod, end: Exit) -> bool:
 
 def _by_deletion(pod: Pod, end: Exit) -> bool:
     """Whether a program ended because somebody else deleted its pod: kubelets from 1.27 on tell the code of such a one."""
-    theirs = end.code != 0 and not end.stopped and not end.oom_killed
-    return theirs and pod.deleted_at is not None and end.finished_at is not None and end.finished_at >= pod.deleted_at
+    by_others = end.code != 0 and not end.stopped and not end.oom_killed
+    return by_others and pod.deleted_at is not None and end.finished_at is not None and end.finished_at >= pod.deleted_at
 
 
 def _failed(state: Json) -> bool:
