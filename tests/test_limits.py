@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -183,5 +184,6 @@ def test_processes_in_a_group_of_threads_are_found() -> None:
             finally:
                 process.kill()
     finally:
-        group.remove()
+        while not group.remove():
+            time.sleep(0.01)
         above.rmdir()

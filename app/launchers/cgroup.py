@@ -14,7 +14,6 @@ import functools
 import logging
 import os
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,18 +79,16 @@ class Group:
         counts = dict(line.split(" ", 1) for line in text.splitlines())
         return int(counts.get("oom_kill", 0))
 
-    def remove(self, seconds: float = 1) -> None:
-        """Remove it; a group that was just emptied may be busy for a moment, and one that does not go is left behind."""
-        deadline = time.monotonic() + seconds
+    def remove(self) -> bool:
+        """Remove it; False while it is busy, as one may be for a moment that was just emptied."""
+        busy = False
         for directory in filter(Path.exists, self.directories):
             for path in reversed(_with_subgroups(directory)):
-                while path.exists():
-                    with contextlib.suppress(OSError):
-                        path.rmdir()
-                        break
-                    if time.monotonic() > deadline:
-                        break
-                    time.sleep(0.005)
+                try:
+                    path.rmdir()
+                except OSError as error:
+                    busy = busy or error.errno == errno.EBUSY
+        return not busy
 
 
 def _processes_in(group: Path) -> Iterator[int]:

@@ -342,7 +342,8 @@ class RunDirectory:
             return False
         if not self._tree.kill():
             return False
-        self._group().remove()
+        if not self._group().remove():
+            return False
         shutil.rmtree(self._handed_over, ignore_errors=True)
         shutil.rmtree(self.path, ignore_errors=True)
         if self.path.exists():

@@ -146,7 +146,7 @@ class LocalProcesses:
         ]
 
     async def leftovers(self) -> dict[str, bool]:
-        """Find processes, run directories and control groups."""
+        """Find processes and run directories."""
         found = {path.name: False for path in self._home.glob("*/runners/runner-*")}
         mark = f"JOURNAL={self._home / 'witness' / 'journal'}".encode()
         for path in Path("/proc").glob("[0-9]*/environ"):
