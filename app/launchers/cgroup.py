@@ -58,7 +58,7 @@ class Group:
 
     def processes(self) -> Iterator[int]:
         """Give the numbers of the processes in it; subgroups that the runner made are its own."""
-        for directory in self.directories[:1]:
+        for directory in self.directories:
             for group in _with_subgroups(directory):
                 try:
                     yield from _processes_in(group)

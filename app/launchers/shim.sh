@@ -63,6 +63,7 @@ main() {
   ) </dev/null &
   _shim_main=$!
   exec >/dev/null 2>&1
+  [ -z "${BASH_VERSION-}" ] || set +o posix # in which that trap would end `wait`; only now, for it takes a variable away
 
   _shim_timer=
   if [ "$_shim_deadline" != - ]; then
