@@ -29,6 +29,7 @@ from app.launcher import Exited, Found, Gone, Handle, LaunchSpec, LogLine, Obser
 from app.launchers import registry
 from app.launchers.container import (
     INSTALLATION,
+    MADE_UP,
     NAME,
     NO_COMMAND,
     RUNNER_ID,
@@ -56,6 +57,7 @@ FENCE_SECONDS = 5.0
 from a service that has died is either carried out or nowhere any more."""
 
 OOM_SECONDS = 1.0
+TIME_SECONDS = 2.0
 """How much later than a killed container's end its engine may tell that memory ran out."""
 
 STARTS = 8
@@ -381,8 +383,9 @@ class DockerLauncher:
                 if _status(about) != "dead":  # of one whose removal failed the engine gives no log
                     return None
         oom_event = await self._oom_told(about)
-        here = self._socket is not None and (await self._engine()).name == platform.node()
-        booted_at = await asyncio.to_thread(_booted_at) if here else None
+        booted_at = None
+        if self._socket and about["State"]["ExitCode"] == MADE_UP and (await self._engine()).name == platform.node():
+            booted_at = await asyncio.to_thread(_booted_at)
         end = exit_of(about["State"], last_line=last_line, oom_event=oom_event, booted_at=booted_at)
         if (ordered_at := self._ordered_at.get(container_id)) and end.finished_at:
             end = replace(end, stopped=end.finished_at >= ordered_at)
@@ -466,7 +469,7 @@ class DockerLauncher:
             return
         undisturbed = container_id in self._undisturbed
         self._undisturbed.discard(container_id)
-        if self._socket is None and container_id not in self._ordered_at:
+        if self._socket is None and container_id not in self._asked:
             await self._note_the_time(container_id)
         try:
             with self._asking(f"stopping {handle.runner_id}", passes=(_NOT_FOUND, _CONFLICT)):
@@ -488,8 +491,10 @@ class DockerLauncher:
     async def _note_the_time(self, container_id: str) -> None:
         """Ask an engine on another machine what time it is there: our clock does not say whether an end came of a stop."""
         with suppress(LauncherUnavailable), self._asking("asking for the time"):
-            if at := seconds((await self._docker.system.info()).get("SystemTime")):
-                self._ordered_at[container_id] = at
+            async with asyncio.timeout(TIME_SECONDS):  # it is worth no more: without it both clocks are believed
+                told = seconds((await self._docker.system.info()).get("SystemTime"))
+            if told:
+                self._ordered_at.setdefault(container_id, told)
 
     async def remove(self, handle: Handle) -> None:
         await self._orders_done(handle.runner_id, "create")
