@@ -386,7 +386,23 @@ def _link(source: LogFile, kept: LogFile) -> None:
         except (FileNotFoundError, FileExistsError):
             pass
         except OSError:  # on another file system, or one that knows no links
-            fresh = new.with_name(f"{new.name}.new")
-            shutil.copyfile(old, fresh)
-            _to_disk(fresh)
-            fresh.rename(new)
+            _copy(old, new)
+
+
+def _copy(old: Path, new: Path) -> None:
+    """Copy a log as it lies on the disk: what was dropped of it is a hole, and stays one."""
+    fresh = new.with_name(f"{new.name}.new")
+    try:
+        with old.open("rb") as source, fresh.open("wb") as target:
+            end = os.fstat(source.fileno()).st_size
+            at = _first_byte(source.fileno(), 0, end)
+            target.truncate(end)
+            source.seek(at)
+            target.seek(at)
+            shutil.copyfileobj(source, target)
+        _to_disk(fresh)
+        fresh.rename(new)
+        _to_disk(new.parent)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise

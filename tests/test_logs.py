@@ -476,12 +476,15 @@ async def test_a_log_is_kept_also_on_another_file_system_than_the_engines(tmp_pa
 
     with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
         assert Path(elsewhere).stat().st_dev != tmp_path.stat().st_dev
-        (tmp_path / "output.log").write_bytes(b"one\n")
+        (log := LogFile(tmp_path / "output.log")).path.write_bytes(numbered(MIB // 4))
+        log.trim(MIB)
         spool, launcher = Spool(Path(elsewhere)), HasFile(FakeWorld())
         for _ in range(2):
             await spool.keep(launcher, HANDLE)
-        (tmp_path / "output.log").unlink()
-        assert [(file.name, file.read_bytes()) for file in Path(elsewhere).iterdir()] == [("runner-1.log", b"one\n")]
+        kept, first = Path(elsewhere) / "runner-1.log", log.path.read_bytes()
+        assert kept.read_bytes() == first
+        assert kept.stat().st_blocks * 512 < 2 * MIB < kept.stat().st_size
+        assert {file.name for file in Path(elsewhere).iterdir()} == {"runner-1.log"}
 
 
 async def test_keeping_again_after_the_engine_forgot_it_keeps_what_is_kept(
