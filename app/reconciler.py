@@ -133,6 +133,7 @@ class Reconciler:
         self._pools = pools
         self._now = now
         self._since = now()
+        self._ahead: float | None = None
         self._queue = WorkQueue()
         self._engines: dict[str, _Engine] = {}
         self._failures: dict[str, int] = {}
@@ -415,12 +416,20 @@ class Reconciler:
             log.warning("%s answers again", name)
 
     async def _stay_awake(self) -> None:
-        """Notice that we stood still or that the clock was set: whoever beat meanwhile was not heard."""
+        """Notice that we stood still: whoever beat meanwhile was not heard."""
         before = self._now()
         await asyncio.sleep(AWAKE_SECONDS)
-        if not 0 <= self._now() - before <= AWAKE_SECONDS + SKEW_SECONDS:
-            log.warning("the clock went on by %.0f s at once; heartbeats count from now", self._now() - before)
+        if self._now() - before > AWAKE_SECONDS + SKEW_SECONDS:
+            log.warning("stood still for %.0f s; heartbeats count from now", self._now() - before)
             self.excuse_silence()
+
+    def _mind_the_clock(self) -> None:
+        """Notice that the clock was set, by another that never is: what it said of the last heartbeats means nothing now."""
+        ahead = self._now() - asyncio.get_running_loop().time()
+        if self._ahead is not None and abs(ahead - self._ahead) > SKEW_SECONDS:
+            log.warning("the clock was set by %.0f s; heartbeats count from now", ahead - self._ahead)
+            self.excuse_silence()
+        self._ahead = ahead
 
     async def _sweep(self) -> None:
         """Find what engines hold of ours that is on no record, at start and from time to time."""
@@ -518,8 +527,8 @@ class Reconciler:
             return None
         if runner.traceparent:
             log_lines.trace_id.set(runner.traceparent.split("-")[1])
-        if runner.phase is Phase.QUEUED and self._ownership.elsewhere(runner):
-            return await self._end_in_queue(runner)
+        if self._ownership.elsewhere(runner) and runner.phase in (Phase.QUEUED, Phase.FINISHED) and not runner.calls:
+            return await self._without_engine(runner)
         async with self._ownership.owning(runner):
             try:
                 return await self._steps(runner, watch)
@@ -527,15 +536,19 @@ class Reconciler:
                 self._doubt(runner.engine)
                 raise
 
-    async def _end_in_queue(self, runner: Runner) -> float | None:
-        """End one that waited too long for a place on another node, which may be dead; no engine knows of it."""
+    async def _without_engine(self, runner: Runner) -> float | None:
+        """End one that waited too long for a place on another node, which may be dead, and wipe its secrets."""
         late = self._now() - LATE_SECONDS
         match decide(runner, None, late, late):
             case Become(runner=changed, event=event):
                 await self._store.change(runner, changed, event, self._now())
-                return None
-            case _:
+            case CleanUp():
+                await self._store.forget_spec(runner.runner_id)
+            case Admit():
                 return runner.launch_deadline - late
+            case _:
+                pass
+        return None
 
     def _doubt(self, engine: str) -> None:
         """Have an engine asked for a sign of life, because somebody got no answer from it."""
@@ -574,6 +587,7 @@ class Reconciler:
 
     def _since_of(self, runner: Runner) -> float:
         """Say since when we look after a runner. Raises NotOwner."""
+        self._mind_the_clock()
         return max(self._since, self._ownership.since(runner))
 
     async def _write(self, old: Runner, new: Runner, event: str, **data: JsonValue) -> Runner | None:

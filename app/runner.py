@@ -168,13 +168,16 @@ class Runner:
         limit = self.policy.run_timeout_seconds
         return None if limit is None or self.started_at is None else self.started_at + limit
 
-    def heartbeat_deadline(self, since: float) -> float | None:
+    def heartbeat_deadline(self, now: float, since: float) -> float | None:
         """When silence becomes a lost heartbeat: counted from the last beat, and not while the service was down.
 
         ``since`` is when the service came up.
         """
         limit = self.policy.heartbeat_timeout_seconds
-        return None if limit is None or self.last_heartbeat is None else max(self.last_heartbeat, since) + limit
+        if limit is None or self.last_heartbeat is None:
+            return None
+        by_this_clock = self.last_heartbeat <= now + SKEW_SECONDS  # which may have been set back since
+        return (max(self.last_heartbeat, since) if by_this_clock else since) + limit
 
     @property
     def untouched(self) -> bool:
@@ -316,7 +319,7 @@ def _stopping(stop: Stop, now: float) -> Action:
         return Order(0)
     if stop.sent:
         return Wait(stop.kill_at)
-    return Order(stop.kill_at - now if now < stop.kill_at else stop.grace_seconds)
+    return Order(min(stop.kill_at - now, stop.grace_seconds) if now < stop.kill_at else stop.grace_seconds)
 
 
 def _overdue(runner: Runner, seen: Starting | Running, now: float, since: float) -> Action:
@@ -330,7 +333,7 @@ def _overdue(runner: Runner, seen: Starting | Running, now: float, since: float)
     if runner.run_deadline is not None:
         text = f"ran longer than {policy.run_timeout_seconds:g} s"
         deadlines.append((runner.run_deadline, Reason.DEADLINE_EXCEEDED, text))
-    heartbeat = runner.heartbeat_deadline(since)
+    heartbeat = runner.heartbeat_deadline(now, since)
     if heartbeat is not None:
         text = f"no heartbeat for {policy.heartbeat_timeout_seconds:g} s"
         deadlines.append((heartbeat, Reason.HEARTBEAT_LOST, text))
@@ -463,7 +466,8 @@ def stop_sent(runner: Runner, now: float) -> Runner:
     if stop is None:
         return runner
     late = max(0.0, now - stop.at) if now >= stop.kill_at else 0.0
-    return replace(runner, stop=replace(stop, sent=True, grace_seconds=stop.grace_seconds + late))
+    at = min(stop.at, now)  # it was asked for before the clock was set back
+    return replace(runner, stop=replace(stop, at=at, sent=True, grace_seconds=stop.grace_seconds + late))
 
 
 def progressed(runner: Runner, text: str) -> Runner:

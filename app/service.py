@@ -378,7 +378,8 @@ class RunnerService:
     async def diagnosis(self, runner: Runner) -> Diagnosis:
         """Explain a runner, with the last lines of its log if they can be had."""
         events = await self._store.history(runner.runner_id)
-        away = self.heard(runner)[1] or self._reconciler.breaker(runner.engine).open
+        here = not self._ownership.elsewhere(runner)
+        away = self.heard(runner)[1] or (here and self._reconciler.breaker(runner.engine).open)
         return diagnose(runner, events, await self._last_lines(runner), away=away)
 
     async def _last_lines(self, runner: Runner) -> list[str]:

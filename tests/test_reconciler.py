@@ -700,11 +700,16 @@ async def test_silence_while_the_service_was_down_is_no_silence(house: House) ->
     assert (await house.get(name)).reason is Reason.HEARTBEAT_LOST
 
 
+@pytest.mark.parametrize("how", ["stood still", "clock set forward", "clock set back"])
 @simulated
-async def test_silence_while_the_service_stood_still_or_its_clock_was_set_is_no_silence(house: House) -> None:
+async def test_silence_while_the_service_stood_still_or_its_clock_was_set_is_no_silence(house: House, *, how: str) -> None:
     name = await house.launch(heartbeat_timeout_seconds=20)
     await house.beat(name)
-    house.loop.now += 600
+    if how == "stood still":
+        house.loop.now += 600
+    else:
+        house.ahead += 600 if "forward" in how else -600
+    house.reconciler.wake(name)
     await house.settle()
     await house.advance(19)
     assert (await house.get(name)).phase is Phase.RUNNING
