@@ -27,8 +27,8 @@ BENCHES = {  # how each is run in short
     "event_streams": "--streams 20 --runners 4",
     "logs": "--mib 1 --rounds 1",
     "intents": "--intents 16 --rounds 1 --at-once 4",
-    "docker": "--launches 2 --rounds 1 --at-once 1 --runs 1 --ends 1",
-    "kubernetes": "--launches 2 --rounds 1 --at-once 1 --ends 1 --tracked 0",
+    "docker": "--launches 2 --rounds 1 --at-once 1 --ends 1",
+    "kubernetes": "--launches 2 --rounds 1 --at-once 1 --runs 1 --ends 1 --tracked 0",
     "scale": "--live 50 100 --launches 16 --rest 0.5 --rates 10 20 --seconds 1",
 }
 
