@@ -36,7 +36,7 @@ async def look_at(path: str, see: Callable[[], T], undo: Callable[[T], None] | N
     """Do what looks at a slot, and may block there; what comes too late is undone.
 
     Each look has a thread of its own, which the process does not wait for at its end: a disk that does not answer holds up
-    nobody else. Raises TimeoutError, at once where a look beside this one waits in vain.
+    nobody else. Raises TimeoutError, at once where a look beside this one waits in vain or no thread can be had.
     """
     directory, late = posixpath.dirname(path), time.monotonic() - LOOK_SECONDS
     if any(where == directory and since < late for where, since in list(_looks.values())):
@@ -59,7 +59,10 @@ async def look_at(path: str, see: Callable[[], T], undo: Callable[[T], None] | N
         finally:
             del _looks[id(answer)]
 
-    threading.Thread(target=work, name=f"look at {path}", daemon=True).start()
+    try:
+        threading.Thread(target=work, name=f"look at {path}", daemon=True).start()
+    except RuntimeError as error:  # the machine is full of processes
+        raise TimeoutError(f"{path} cannot be looked at now: {error}") from None
     try:
         async with asyncio.timeout(LOOK_SECONDS):
             return await asyncio.wrap_future(answer)

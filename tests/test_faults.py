@@ -4,14 +4,17 @@ import asyncio
 import contextlib
 import random
 import resource
+import secrets
 import signal
 import sqlite3
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from conftest import Json, Serve, alive, launch_body, launched, until, written
+from conftest import Json, Serve, alive, launch_body, launched, read, until, written
+from engines import missing
 from fault_table import Verdict
 
 from app.main import create_app
@@ -79,6 +82,40 @@ async def test_a_locked_database_delays_and_loses_nothing(
             other.rollback()
         verdict.over()
         right[(await coming)["runner_id"]] = ("failed", 5)
+        await verdict.judge(client, slot.parent, right, lambda: left(right))
+
+
+@pytest.fixture
+def pids() -> Iterator[Path]:
+    """A control group in which the number of processes and threads can be held."""
+    group = Path("/sys/fs/cgroup/pids") / f"test-{secrets.token_hex(6)}"
+    try:
+        group.mkdir()
+    except OSError:
+        missing("cgroup1", "this user may make no control group of version 1 on this machine")
+    yield group
+    while read(group / "cgroup.procs"):
+        time.sleep(0.01)
+    group.rmdir()
+
+
+@pytest.mark.fault("no process and no thread can be started")
+async def test_on_a_machine_full_of_processes_a_launch_is_refused_and_ends_are_told(
+    serve: Serve, slot: Path, pids: Path, verdict: Verdict
+) -> None:
+    async with serve(mishaps=True) as service, service.client() as client:
+        right = await live_runners(client, slot, 0, 7)
+        (pids / "cgroup.procs").write_text(str(service.process.pid))
+        (pids / "pids.max").write_text("1")  # the threads that are there stay
+        body = launch_body(slot_of(slot, 5), COUNT + "exit 5")
+        refused = await client.post("/runners", json=body, headers={"Prefer": "wait=10"})
+        assert refused.status_code == 503, refused.text
+        assert refused.json()["retryable"] is True
+        let_go(slot, 0, 7)
+        (pids / "pids.max").write_text("max")
+        verdict.over()
+        answer = await client.post("/runners", json=launch_body(slot_of(slot, 6), COUNT + "exit 6"))
+        right[answer.json()["runner_id"]] = ("failed", 6)
         await verdict.judge(client, slot.parent, right, lambda: left(right))
 
 
