@@ -153,6 +153,7 @@ class Reconciler:
         Returns when the engines were swept once, so that no slot is given away whose runner lives and is not on record; an
         engine that does not answer holds this up for a moment only.
         """
+        self._mind_the_clock()
         self._begun.update(await self._store.unclean())
         await self._take_up()
         loops = [self._forever(step) for step in (self._hand_out, self._sweep, self._stay_awake)]
@@ -417,10 +418,11 @@ class Reconciler:
 
     async def _stay_awake(self) -> None:
         """Notice that we stood still: whoever beat meanwhile was not heard."""
-        before = self._now()
+        now = asyncio.get_running_loop().time
+        due = now() + AWAKE_SECONDS
         await asyncio.sleep(AWAKE_SECONDS)
-        if self._now() - before > AWAKE_SECONDS + SKEW_SECONDS:
-            log.warning("stood still for %.0f s; heartbeats count from now", self._now() - before)
+        if (late := now() - due) > SKEW_SECONDS:
+            log.warning("stood still for %.0f s; heartbeats count from now", late)
             self.excuse_silence()
 
     def _mind_the_clock(self) -> None:
@@ -537,11 +539,13 @@ class Reconciler:
                 raise
 
     async def _without_engine(self, runner: Runner) -> float | None:
-        """End one that waited too long for a place on another node, which may be dead, and wipe its secrets."""
+        """End one that waited too long on another node, which may be dead, and wipe its secrets if that does not."""
         late = self._now() - LATE_SECONDS
         match decide(runner, None, late, late):
             case Become(runner=changed, event=event):
                 await self._store.change(runner, changed, event, self._now())
+            case CleanUp() if (left := (runner.finished_at or 0) - late) > 0:
+                return left
             case CleanUp():
                 await self._store.forget_spec(runner.runner_id)
             case Admit():

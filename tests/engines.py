@@ -1,6 +1,10 @@
 """What tests need and not every machine has: missing, it skips them, or fails them where REQUIRE_ENGINES names it."""
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -18,6 +22,7 @@ KNOWN = {
     "postgres": "the PostgreSQL server that TEST_POSTGRES names",
     "registry": "the image registries that TEST_REGISTRY and TEST_REGISTRY_AUTH name",
     "root": "to be root",
+    "shells": "dash, bash and busybox",
     "systemd": "systemd-analyze",
 }
 REQUIRED = frozenset(os.environ.get("REQUIRE_ENGINES", "").split(",")) - {""}
@@ -34,6 +39,20 @@ def missing(engine: str, reason: str) -> NoReturn:
 def needs_root(reason: str) -> pytest.MarkDecorator:
     """Mark a test of which others than root cannot run; where root is required it fails by itself."""
     return pytest.mark.skipif(os.geteuid() != 0 and "root" not in REQUIRED, reason=reason)
+
+
+@contextmanager
+def group_of_version_1(controller: str, why: str) -> Iterator[Path]:
+    """Make a control group of version 1, and remove it once it is empty; skips, saying ``why`` not, where that cannot be."""
+    group = Path("/sys/fs/cgroup") / controller / f"test-{os.urandom(6).hex()}"
+    try:
+        group.mkdir()
+    except OSError:
+        missing("cgroup1", why)
+    yield group
+    while (group / "cgroup.procs").read_text():
+        time.sleep(0.01)
+    group.rmdir()
 
 
 def pytest_configure() -> None:

@@ -42,7 +42,7 @@ from docker_engine import _make_certificates as make_certificates
 from fault_table import End, Verdict
 
 from app.errors import LauncherUnavailable
-from app.launcher import Exited, LaunchSpec
+from app.launcher import Exited, Gone, LaunchSpec, Running
 from app.launchers.container import INSTALLATION, NAME, RUNNER_ID
 from app.launchers.docker import DockerLauncher
 from app.main import create_app
@@ -59,7 +59,13 @@ UNTIL_TOLD = "until [ -e go ]; do sleep 0.05; done; "
 TLS = b"\x16"
 """What a client begins with that tries TLS first."""
 
-Deed = Literal["refuse", "fail", "deny", "drop", "mute", "wait", "hang"]
+Deed = Literal["refuse", "fail", "forbid", "mislead", "deny", "drop", "mute", "wait", "hang"]
+SAID = {
+    "fail": (b"500 Internal Server Error", b'{"message": "the disk is full"}'),
+    "deny": (b"500 Internal Server Error", b'{"message": "the disk is full"}'),
+    "forbid": (b"400 Bad Request", b'{"message": "invalid mount"}'),
+    "mislead": (b"404 Not Found", b'{"message": "page not found"}'),
+}
 
 
 # The engine, and the way to it.
@@ -142,7 +148,8 @@ def hurt(private_engine: PrivateEngine) -> Iterator[Docker]:
 class Proxy:
     """A socket in front of an engine's or a registry's, which reads what is asked and can spoil it.
 
-    ``refuse`` closes the connection before the call is passed on, ``fail`` answers 500 instead. ``deny`` answers 500 once
+    ``refuse`` closes the connection before the call is passed on, ``fail`` answers 500 instead, ``forbid`` 400, and
+    ``mislead`` 404, as somebody before the engine does who cannot find it. ``deny`` answers 500 once
     the call was carried out, ``drop`` closes the connection then, ``mute`` leaves it open. ``wait`` passes the call on when
     it is released, ``hang`` never.
     """
@@ -241,14 +248,14 @@ class Proxy:
             await self._released.wait()
         if deed in ("refuse", "hang"):
             return
-        if deed != "fail":
+        if deed not in ("fail", "forbid", "mislead"):
             await self._pass(call, reader, writer, mute=deed in ("deny", "drop", "mute"))
         if deed == "mute":
             self.muted += 1
             await self._released.wait()
-        if deed in ("fail", "deny"):
-            text = b'{"message": "the disk is full"}'
-            writer.write(b"HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\nConnection: close\r\n")
+        if deed in SAID:
+            status, text = SAID[deed]
+            writer.write(b"HTTP/1.1 %s\r\nContent-Type: application/json\r\nConnection: close\r\n" % status)
             writer.write(b"Content-Length: %d\r\n\r\n%s" % (len(text), text))
             await writer.drain()
 
@@ -362,6 +369,24 @@ async def test_a_call_that_fails_or_whose_answer_is_lost_makes_one_container_sta
             assert "the disk is full" in told or deed in ("refuse", "drop")
         await verdict.judge(client, slot.parent, {runner["runner_id"]: ("failed", 3)}, docker.left)
         await docker.all_free(client, slot)
+
+
+async def test_what_runs_is_found_though_creating_it_again_is_refused_and_is_gone_by_the_engines_own_word_alone(
+    docker: Docker, proxy: Proxy
+) -> None:
+    spec = LaunchSpec(command=("sleep", "600"), environment={}, context=b"{}", options={"image": IMAGE})
+    async with contextlib.aclosing(DockerLauncher(proxy.host, docker.installation)) as launcher:
+        handle = await launcher.launch(f"runner-{secrets.token_hex(6)}", spec)
+        proxy.spoil(CREATE, "forbid")
+        assert await launcher.launch(handle.runner_id, spec) == handle
+        assert proxy.count(CREATE) == 2
+        proxy.spoil(INSPECT, "mislead", None)
+        with pytest.raises(LauncherUnavailable, match="page not found"):
+            await launcher.observe([handle])
+        proxy.heal()
+        assert (await launcher.observe([handle])) == {handle.runner_id: Running()}
+        await launcher.remove(handle)
+        assert (await launcher.observe([handle])) == {handle.runner_id: Gone()}
 
 
 @pytest.mark.timeout(60)

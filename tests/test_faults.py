@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import random
 import resource
-import secrets
 import signal
 import sqlite3
 import time
@@ -13,8 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import Json, Serve, alive, launch_body, launched, read, until, written
-from engines import missing
+from conftest import Json, Serve, alive, launch_body, launched, until, written
+from engines import group_of_version_1
 from fault_table import Verdict
 
 from app.main import create_app
@@ -88,15 +87,8 @@ async def test_a_locked_database_delays_and_loses_nothing(
 @pytest.fixture
 def pids() -> Iterator[Path]:
     """A control group in which the number of processes and threads can be held."""
-    group = Path("/sys/fs/cgroup/pids") / f"test-{secrets.token_hex(6)}"
-    try:
-        group.mkdir()
-    except OSError:
-        missing("cgroup1", "this user may make no control group of version 1 on this machine")
-    yield group
-    while read(group / "cgroup.procs"):
-        time.sleep(0.01)
-    group.rmdir()
+    with group_of_version_1("pids", "this user may limit no processes on this machine") as group:
+        yield group
 
 
 @pytest.mark.fault("no process and no thread can be started")

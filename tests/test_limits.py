@@ -141,6 +141,24 @@ def needs_version_2() -> Path:
     return home
 
 
+def test_a_process_that_left_one_hierarchy_is_found_in_another() -> None:
+    group = cgroup.probed().group("runner-00000000abcf", "cpu", "memory")
+    if not (group.unified and group.legacy):
+        missing("cgroup1", "this user may make no control groups of both versions on this machine")
+    for directory in group.directories:
+        directory.mkdir()
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        try:
+            (group.legacy["memory"] / "cgroup.procs").write_text(str(process.pid))
+            assert set(group.processes()) == {process.pid}
+            assert not group.remove()
+        finally:
+            process.kill()
+    while not group.remove():
+        time.sleep(0.01)
+    assert not any(directory.exists() for directory in group.directories)
+
+
 @pytest.mark.timeout(300)
 async def test_a_runner_that_makes_a_group_of_threads_can_be_stopped_and_removed(
     launcher: LocalProcessLauncher, tmp_path: Path

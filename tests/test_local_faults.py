@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from conftest import read, until
-from engines import missing, needs_root
+from engines import group_of_version_1, missing, needs_root
 
 from app.errors import LauncherUnavailable
 from app.launcher import Exit, Exited, Handle, LaunchSpec, Running, Starting
@@ -62,18 +62,11 @@ def runner_id() -> str:
 
 
 @pytest.fixture
-def freezer(runner_id: str) -> Iterator[Path]:
+def freezer() -> Iterator[Path]:
     """A control group of version 1 that keeps what is in it from dying, as a failing disk does."""
-    group = Path("/sys/fs/cgroup/freezer") / f"test-{runner_id}"
-    try:
-        group.mkdir()
-    except OSError:
-        missing("cgroup1", "this user may freeze no processes on this machine, so all of them can be killed")
-    yield group
-    (group / "freezer.state").write_text("THAWED")
-    while read(group / "cgroup.procs"):
-        time.sleep(0.01)
-    group.rmdir()
+    with group_of_version_1("freezer", "this user may freeze no processes here, so all of them can be killed") as group:
+        yield group
+        (group / "freezer.state").write_text("THAWED")
 
 
 @pytest.fixture
@@ -372,7 +365,7 @@ async def run_shim(shell: str, place: Path, environment: Mapping[str, str], *com
     program, *applet = shell.split()
     setsid, sleep = shutil.which("setsid"), shutil.which("sleep")
     if not (path := shutil.which(program)):
-        pytest.skip(f"there is no {program} on this machine")
+        missing("shells", f"there is no {program} on this machine")
     assert setsid
     assert sleep
     place.mkdir()

@@ -212,6 +212,9 @@ async def test_of_a_dead_node_runners_are_stale_and_those_in_its_queue_can_be_st
         await until(stale)
         assert (await finished(at_b, waits))["reason"] == "queue_timeout"
         assert (await record_of(at_b, lives))["phase"] != "finished"
+        with psycopg.connect(postgres, autocommit=True) as admin:
+            secrets = "SELECT runner_id FROM specs"
+            await until(lambda: admin.execute(secrets).fetchall() == [(lives["runner_id"],)])
         async with replica(tmp_path, postgres, "a") as again, again.client() as client:
             assert (await record_of(client, lives))["stale"] is False
 

@@ -475,6 +475,14 @@ def test_an_order_that_comes_late_is_still_polite_first() -> None:
     assert told(decide(hurried, Running(), T + 501, T)) == "order 0"
 
 
+def test_an_order_given_after_the_clock_was_set_back_has_its_grace_from_then_on_and_no_more() -> None:
+    runner = stopping()
+    assert told(decide(runner, Running(), T - 3600, T)) == "order 10"
+    sent = stop_sent(runner, T - 3600)
+    assert told(decide(sent, Running(), T - 3591, T)) == "wait -3590"
+    assert told(decide(sent, Running(), T - 3590, T)) == "order 0"
+
+
 def test_a_launch_that_is_out_of_tries_bears_the_reason_of_the_last() -> None:
     runner = starting()
     for reason in (Reason.ENGINE_UNAVAILABLE, Reason.ENGINE_UNAVAILABLE, Reason.IMAGE_PULL_FAILED):

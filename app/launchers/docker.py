@@ -57,8 +57,10 @@ FENCE_SECONDS = 5.0
 from a service that has died is either carried out or nowhere any more."""
 
 OOM_SECONDS = 1.0
-TIME_SECONDS = 2.0
 """How much later than a killed container's end its engine may tell that memory ran out."""
+
+TIME_SECONDS = 2.0
+"""How long a stop waits for an engine on another machine to say what time it is there."""
 
 STARTS = 8
 """How many containers are started at once. More only wait inside the engine, and everybody else's calls with them."""
@@ -491,7 +493,7 @@ class DockerLauncher:
     async def _note_the_time(self, container_id: str) -> None:
         """Ask an engine on another machine what time it is there: our clock does not say whether an end came of a stop."""
         with suppress(LauncherUnavailable), self._asking("asking for the time"):
-            async with asyncio.timeout(TIME_SECONDS):  # it is worth no more: without it both clocks are believed
+            async with asyncio.timeout(TIME_SECONDS):  # without it both clocks are believed
                 told = seconds((await self._docker.system.info()).get("SystemTime"))
             if told:
                 self._ordered_at.setdefault(container_id, told)
