@@ -22,6 +22,7 @@ from launcher_contract import COUNTS_SLOWLY, HANDLES_TERM, LINES, LOOP, RUNS_ON,
 from app.errors import LauncherUnavailable, LaunchRejected
 from app.launcher import Exited, Gone, Handle, Observation, Running
 from app.launchers import open_launcher
+from app.launchers.cluster import PAUSE_SECONDS
 from app.launchers.kubernetes import KubernetesLauncher
 from app.launchers.pod import FIRST_POD
 from app.main import create_app
@@ -704,6 +705,21 @@ async def test_an_api_that_is_busy_is_left_alone_for_as_long_as_it_wants(house: 
                 await asyncio.sleep(1.1)
         handle = await launcher.launch(runner_id, house.spec("exit 0"))
         assert (await house.end(handle)).code == 0
+
+
+@pytest.mark.slow
+async def test_an_api_that_wishes_for_an_hours_pause_holds_up_no_stop_for_so_long(house: House) -> None:
+    async with Gate(house.world) as gate, aclosing(house.through(gate)) as launcher:
+        handle = await launcher.launch(new_id(), house.spec("sleep 600"))
+        gate.answer("POST /apis/batch", 429, Retry_After="3600")
+        with pytest.raises(LauncherUnavailable) as busy:
+            await launcher.launch(new_id(), house.spec("exit 0"))
+        assert busy.value.retry_after == 3600
+        with pytest.raises(LauncherUnavailable, match="pause"):
+            await launcher.stop(handle, 0)
+        await asyncio.sleep(PAUSE_SECONDS + 0.1)
+        await launcher.stop(handle, 0)
+        assert (await house.end(handle)).stopped
 
 
 async def test_a_launch_that_is_refused_finds_what_an_earlier_one_made(house: House) -> None:
