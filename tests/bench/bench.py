@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 import tempfile
@@ -37,8 +38,12 @@ def lacking(name: str) -> str | None:
     """Say what this machine lacks for a benchmark."""
     if name == "docker":
         host = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
-        if host.startswith("unix://") and not Path(host.removeprefix("unix://")).exists():
-            return f"no engine at {host}"
+        if host.startswith("unix://"):
+            with socket.socket(socket.AF_UNIX) as engine:
+                try:
+                    engine.connect(host.removeprefix("unix://"))
+                except OSError as error:  # it is not there, or not for this user
+                    return f"no engine at {host}: {error.strerror}"
     if name == "kubernetes" and not Path(os.environ.get("KUBECONFIG") or Path.home() / ".kube" / "config").exists():
         return "no cluster: set KUBECONFIG"
     return None
