@@ -103,8 +103,6 @@ class Engines:
             self._said[name] = _Said(before.at, before.details, str(error))
         except TimeoutError:
             self._said[name] = _Said(before.at, before.details, f"no answer for {PATIENCE_SECONDS:g} s")
-        except asyncio.CancelledError:
-            raise
         except Exception:
             log.exception("%s: asking what it is failed", name)
             self._said[name] = _Said(before.at, before.details, "asking it failed; the service's log has the details")

@@ -160,8 +160,6 @@ class Ownership:
                 await self._claim()
             except Unavailable as error:
                 log.warning("leases cannot be renewed: %s", error)
-            except asyncio.CancelledError:
-                raise
             except Exception:
                 log.exception("renewing leases failed")
 

@@ -8,6 +8,7 @@ start; so a lost hint costs time and never the truth.
 
 import asyncio
 import contextlib
+import functools
 import logging
 import random
 import time
@@ -140,6 +141,7 @@ class Reconciler:
         self._opening = asyncio.Lock()
         self._swept = asyncio.Event()
         self._begun: set[str] = set()
+        self._ordered: set[str] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._working: set[asyncio.Task[None]] = set()
         feed.listen(self._changed)
@@ -295,15 +297,19 @@ class Reconciler:
 
     async def _take_over(self, key: str) -> None:
         """Take up what another replica has left, engines without a record included."""
-        try:
-            await self._take_up()
-        except Unavailable as error:
-            log.warning("%s cannot be taken over yet: %s", key, error)
-            await asyncio.sleep(1)
-            if self._ownership.holds(key):  # else it comes again with the lease
-                self._begin(self._take_over(key))
-            return
+        await self._insist(key, self._take_up)
         await self._sweep_under(key)
+
+    async def _insist(self, key: str, step: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Take a step until the store allows it; one whose lease is lost meanwhile is the next owner's."""
+        while self._ownership.holds(key):
+            try:
+                await step()
+            except Unavailable as error:
+                log.warning("%s cannot be taken over yet: %s", key, error)
+                await asyncio.sleep(1)
+            else:
+                return
 
     async def _hand_over(self, key: str) -> None:
         """Have the next owner find what comes of an order that we gave too late."""
@@ -313,7 +319,7 @@ class Reconciler:
     async def _sweep_under(self, key: str) -> None:
         for name in {pool.engine for pool in self._pools().values()} | set(self._engines):
             if self._ownership.key_of(name) == key:
-                await self._sweep_engine(name)
+                await self._insist(key, functools.partial(self._sweep_engine, name))
 
     # The loops.
 
@@ -345,8 +351,6 @@ class Reconciler:
             self._failures.pop(name, None)
             if pause is not None:
                 self._queue.add_after(name, pause)
-        except asyncio.CancelledError:
-            raise
         except NotOwner:
             pass  # whoever becomes the owner takes it up
         except (LauncherUnavailable, LaunchRejected) as error:
@@ -443,9 +447,7 @@ class Reconciler:
     async def _sweep_engine(self, name: str) -> None:
         try:
             await self.sweep(name)
-        except LaunchRejected as error:
-            log.warning("%s cannot be swept: %s", name, error)
-        except LauncherUnavailable as error:
+        except (LaunchRejected, LauncherUnavailable) as error:
             log.warning("%s cannot be swept: %s", name, error)
             self._doubt(name)
         except NotOwner:
@@ -568,7 +570,7 @@ class Reconciler:
                 case Wait(until=until):
                     return None if until is None else until - self._now()
                 case Look():
-                    seen = await self._look(runner)
+                    seen = self._unordered(runner, await self._look(runner))
                 case Become(runner=changed, event=event, discard=discard):
                     if discard:
                         await (await self.launcher(runner.engine)).remove(_handle(runner))
@@ -576,6 +578,7 @@ class Reconciler:
                 case Launch():
                     runner, seen = await self._launch(runner, watch), None
                 case Order(grace=grace):
+                    self._ordered.add(runner.runner_id)
                     await (await self.launcher(runner.engine)).stop(_handle(runner), grace)
                     if grace <= 0:
                         return KILL_AGAIN_SECONDS
@@ -597,6 +600,19 @@ class Reconciler:
     async def _write(self, old: Runner, new: Runner, event: str, **data: JsonValue) -> Runner | None:
         """Write a change; None if somebody else was first, and then everything is to be decided anew."""
         return await self._store.change(old, new, event, self._now(), data, fence=self._ownership.fence(old))
+
+    def _unordered(self, runner: Runner, seen: Observation) -> Observation:
+        """Say of an end of which the engine tells the time alone that it came of itself, where no stop has gone out yet.
+
+        That of an order that a service before this one, or another replica, may have given only the times tell.
+        """
+        stop = runner.stop
+        if not isinstance(seen, Exited) or seen.exit.stopped is not None or stop is None or stop.sent:
+            return seen
+        others_may = stop.at <= self._since_of(runner) + SKEW_SECONDS
+        if others_may or runner.runner_id in self._ordered:
+            return seen
+        return replace(seen, exit=replace(seen.exit, stopped=False))
 
     async def _look(self, runner: Runner) -> Observation:
         """Ask the engine. Raises LauncherUnavailable also where it cannot say anything of this runner now."""
@@ -725,6 +741,7 @@ class Reconciler:
                 await (await self.launcher(runner.engine)).remove(_handle(runner))
         await self._store.forget_spec(runner.runner_id, self._ownership.fence(runner), self._ownership.node)
         self._begun.discard(runner.runner_id)
+        self._ordered.discard(runner.runner_id)
 
 
 async def _launch_in_turn(

@@ -415,8 +415,7 @@ def test_an_engine_keeps_at_least_what_the_cap_is(log_max_mib: int) -> None:
     kept = LaunchSpec(command=None, environment={}, context=b"", log_max_mib=log_max_mib, options={"image": "i"})
     sent = config(kept)
     log = sent["HostConfig"]["LogConfig"]["Config"]
-    kibibytes, files = int(log["max-size"].removesuffix("k")), int(log["max-file"])
-    assert kibibytes * (files - 1) == log_max_mib * 1024
+    assert int(log["max-size"]) * (int(log["max-file"]) - 1) == log_max_mib * 2**20  # bytes: the k of an engine is 1000
     assert not log_may_be_cut(0, 0, sent["Labels"])
     assert log_may_be_cut(log_max_mib * 2**20 + 1, 0, sent["Labels"])
     assert not log_may_be_cut(log_max_mib * 2**19, 0, sent["Labels"])

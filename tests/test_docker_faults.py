@@ -46,6 +46,7 @@ from app.launcher import Exited, Gone, LaunchSpec, Running
 from app.launchers.container import INSTALLATION, NAME, RUNNER_ID
 from app.launchers.docker import DockerLauncher
 from app.main import create_app
+from app.runner import SKEW_SECONDS
 from app.settings import Settings
 
 SECONDS = 60.0
@@ -1384,3 +1385,41 @@ async def test_an_engine_by_tls_without_the_right_certificate_is_told_clearly(
         answer = await client.post("/runners", json=launch_body(slot, pool="docker"))
         problem(answer, status, "launch-rejected" if status == 422 else "engine-unavailable", words=words)
         assert hurt.host in answer.json()["detail"]
+
+
+async def test_who_ended_by_itself_while_a_stop_could_not_be_sent_keeps_its_own_end(
+    service: Service, docker: Docker, proxy: Proxy, slot: Path
+) -> None:
+    async with service(docker.pools(), installation=docker.installation) as client:
+        runner = await launched(
+            client, launch_body(slot, COUNT + "until [ -e go ]; do sleep 0.05; done; exit 3", pool="docker")
+        )
+        await written(slot / "started")
+        later = launch_body(slot.with_name("slot-2"), "exit 0", pool="docker")
+        await finished(client, await launched(client, later), SECONDS)  # whose events are the last ones heard
+        await asyncio.sleep(SKEW_SECONDS)  # before which another service might have sent it
+        await proxy.close()
+        answer = await client.delete(runner["links"]["self"])
+        assert answer.status_code == 202
+        (slot / "go").touch()
+        await until(lambda: _exited(docker, runner), SECONDS)
+        await proxy.open()
+        record = await finished(client, runner, SECONDS)
+        assert (record["state"], record["exit_code"], record["reason"]) == ("failed", 3, "exit_nonzero")
+        await docker.all_free(client, slot)
+
+
+async def _exited(docker: Docker, runner: Json) -> bool:
+    return await docker.status(runner) == "exited"
+
+
+async def test_a_log_that_an_engine_has_cut_by_little_is_told_as_cut(service: Service, docker: Docker, slot: Path) -> None:
+    """Lines as long as agents print them, of which the engine keeps a little less than the cap when it has cut."""
+    script = "n=0; while [ $n -lt 322 ]; do n=$((n + 1)); printf '%03d%03996d\\n' $n 0; done"
+    async with service(docker.pools(log_max_mib=1), installation=docker.installation) as client:
+        runner = await launched(client, launch_body(slot, script, pool="docker"))
+        await finished(client, runner, SECONDS)
+        await docker.all_free(client, slot)
+        first = (await client.get(f"{runner['links']['self']}/logs")).text.splitlines()[0]
+        record = await record_of(client, runner)
+        assert first.startswith("001") != record["log_truncated"]

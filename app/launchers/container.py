@@ -38,6 +38,9 @@ _POINTER_BYTES = 8
 LOG_FILES = 5
 PIDS_LIMIT = 4096
 _LOG_OVERHEAD = 48
+_LOG_PARTS = 63 / 64
+"""What is left of a cap for a line that engines keep in parts: each has 16 KiB of it, and some hundred bytes of its own."""
+
 _MEBIBYTE = 2**20
 _DEFAULT_RUNTIMES = ("", "runc", "crun", "io.containerd.runc.v2")
 
@@ -186,8 +189,8 @@ def engines_path(path: str, slot_path_map: Mapping[str, str]) -> str:
 
 def _log_config(log_max_mib: int, engine: Engine) -> Json:
     """Keep about the newest ``log_max_mib``, the engine's own overhead for each line included; it drops a file at a time."""
-    kibibytes = log_max_mib * 1024 // (LOG_FILES - 1)
-    config = {"max-size": f"{kibibytes}k", "max-file": str(LOG_FILES)}
+    size = log_max_mib * _MEBIBYTE // (LOG_FILES - 1)
+    config = {"max-size": str(size), "max-file": str(LOG_FILES)}  # in bytes: the k of an engine is 1000
     if engine.log_driver == "local":
         config["compress"] = "false"  # costs the engine more than it saves here
     return {"Type": engine.log_driver, "Config": config}
@@ -248,7 +251,7 @@ def handle_of(container_id: str, labels: Mapping[str, str], engine: Engine, imag
 def log_may_be_cut(size: int, lines: int, labels: Mapping[str, str]) -> bool:
     """Say whether an engine that keeps so much of a log may have dropped its oldest part: it does not tell."""
     log_max_mib = json.loads(labels.get(_TOLD, "{}")).get("log_max_mib", 0)
-    return size + lines * _LOG_OVERHEAD > int(log_max_mib) * _MEBIBYTE
+    return size + lines * _LOG_OVERHEAD > int(log_max_mib) * _MEBIBYTE * _LOG_PARTS
 
 
 def exit_of(state: Mapping[str, Any], *, last_line: bytes, oom_event: bool, booted_at: float | None = None) -> Exit:
