@@ -25,11 +25,13 @@ _Fault = tuple[_Path, str]
 _POD: _Path = ("spec", "template", "spec")
 _ONE_POD = "is the launcher's: a runner is one pod that is never started again"
 _NAMED = "is the launcher's: it finds its runners by it"
+_KEPT = "is not for a runner: nothing may keep what the launcher removes"
 _REFUSED: Mapping[_Path, str] = {
     ("metadata", "name"): _NAMED,
     ("metadata", "generateName"): _NAMED,
     ("metadata", "namespace"): "is the pool's key namespace",
     ("metadata", "ownerReferences"): "is not for a runner: nothing but the launcher may remove it",
+    ("metadata", "finalizers"): _KEPT,
     ("spec", "backoffLimit"): _ONE_POD,
     ("spec", "backoffLimitPerIndex"): _ONE_POD,
     ("spec", "maxFailedIndexes"): _ONE_POD,
@@ -44,6 +46,7 @@ _REFUSED: Mapping[_Path, str] = {
     ("spec", "manualSelector"): _NAMED,
     ("spec", "activeDeadlineSeconds"): "is the pool's key run_timeout_seconds",
     ("spec", "ttlSecondsAfterFinished"): "is the pool's key ttl_seconds",
+    ("spec", "template", "metadata", "finalizers"): _KEPT,
     (*_POD, "restartPolicy"): _ONE_POD,
     (*_POD, "activeDeadlineSeconds"): "is the pool's key run_timeout_seconds",
     (*_POD, "terminationGracePeriodSeconds"): "is the pool's key stop_grace_seconds",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from aiohttp import web
 from conftest import until, write_pools
 from engines import missing
 from kubernetes_asyncio.client import ApiException
@@ -930,3 +931,44 @@ async def test_a_runner_of_a_node_that_is_drained_keeps_its_log(house: House) ->
 async def _evict(world: World, name: str, version: str) -> None:
     body = {"apiVersion": version, "kind": "Eviction", "metadata": {"name": name, "namespace": world.namespace}}
     await world.call("POST", f"pods/{name}/eviction", body)
+
+
+async def test_a_log_that_its_node_no_longer_has_is_told_as_lost(house: House) -> None:
+    async with Gate(house.world) as gate, aclosing(house.through(gate)) as launcher:
+        handle = await launcher.launch(new_id(), house.spec("echo hello"))
+        assert (await house.end(handle)).code == 0
+        name = (await house.pod(handle))["metadata"]["name"]
+        for status in (400, 404):
+            gate.answer(f"GET /api/v1/namespaces/{house.world.namespace}/pods/{name}/log", status)
+            lines = [line async for line in launcher.logs(handle)]
+            assert [line.gap for line in lines] == [True]
+            assert b"the log is lost" in lines[0].text
+        assert [line.text async for line in launcher.logs(handle)] == [b"hello"]
+
+
+async def test_which_pod_is_the_runner_is_written_down_again_where_it_failed(house: House) -> None:
+    async with Gate(house.world) as gate, aclosing(house.through(gate)) as launcher:
+        gate.answer("PATCH /apis/batch", 500)
+        handle = await launcher.launch(new_id(), house.spec("sleep 600"))
+        job = await house.world.call("GET", f"jobs/{handle.job_name}")
+        if job["spec"].get("podReplacementPolicy") == "Failed":
+            pytest.skip("this cluster starts no second pod, so it is not written down")
+
+        async def claimed() -> bool:
+            await launcher.observe([handle])  # as every few seconds
+            job = await house.world.call("GET", f"jobs/{handle.job_name}")
+            return FIRST_POD in job["metadata"].get("annotations", {})
+
+        await until(claimed, SECONDS)
+        assert not gate.answers
+        await launcher.stop(handle, 0)
+        await house.end(handle)
+
+
+async def test_an_api_server_that_has_just_begun_is_asked_again(house: House) -> None:
+    async with Gate(house.world) as gate, aclosing(house.through(gate)) as launcher:
+        message = 'jobs.batch "a" is forbidden: not yet ready to handle request'
+        gate.answers.append(("POST /apis/batch", web.json_response({"reason": "Forbidden", "message": message}, status=403)))
+        with pytest.raises(LauncherUnavailable, match="not yet ready") as failure:
+            await launcher.launch(new_id(), house.spec("exit 0"))
+        assert not failure.value.acted

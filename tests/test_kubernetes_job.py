@@ -9,7 +9,9 @@ import json
 import os
 import re
 import subprocess
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from kubernetes_validate import ValidationError, validate
+from typing_extensions import override
 
 from app.context import launch_spec
 from app.errors import ConfigurationError, LaunchRejected
@@ -245,6 +248,11 @@ def test_the_secret_belongs_to_the_job_that_was_made(tmp_path: Path) -> None:
         ("{kind: Job, spec: {template: {spec: {restartPolicy: OnFailure}}}}", "spec.template.spec.restartPolicy is"),
         ("{kind: Job, spec: {template: {spec: {containers: {}}}}}", "spec.template.spec.containers must be a list"),
         ("{kind: Job, spec: {template: {spec: {containers: [x]}}}}", "spec.template.spec.containers.0 must be a mapping"),
+        ("{kind: Job, metadata: {finalizers: [a/b]}}", "metadata.finalizers is not for a runner"),
+        (
+            "{kind: Job, spec: {template: {metadata: {finalizers: [a/b]}}}}",
+            "spec.template.metadata.finalizers is not for a runner",
+        ),
         (
             "{kind: Job, spec: {template: {spec: {volumes: [{name: told}]}}}}",
             "spec.template.spec.volumes.0.name is the name",
@@ -330,3 +338,36 @@ def test_a_workspace_is_cloned_at_its_branch(tmp_path: Path, branch: str, conten
     assert (workspace / "file").read_text() == content
     assert git("-C", str(workspace), "rev-parse", "--abbrev-ref", "HEAD") == on
     assert git("-C", str(workspace), "status", "--porcelain") == ""
+
+
+def test_what_a_template_leaves_empty_is_no_choice(tmp_path: Path) -> None:
+    empty = "{securityContext: , automountServiceAccountToken: , containers: [{name: runner, securityContext: }]}"
+    half = "{securityContext: {seccompProfile: }, containers: [{name: runner, securityContext: {capabilities: }}]}"
+    for spec in (empty, half):
+        template = f"{{kind: Job, spec: {{template: {{spec: {spec}}}}}}}"
+        assert made(tmp_path, {"job_template": template}).job == made(tmp_path, {}).job
+
+
+def test_a_clone_that_is_refused_tells_no_token(tmp_path: Path) -> None:
+    class Refuses(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", 'Basic realm="git"')
+            self.end_headers()
+
+        @override
+        def log_message(self, *_: object) -> None:
+            pass
+
+    (tmp_path / "volume").mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://token-123@127.0.0.1:{server.server_port}/a.git"
+        places = {"WORKSPACE": str(tmp_path / "volume/slot"), "CREDENTIALS": str(tmp_path / "none")}
+        told = {"REPO_URL": url, "BRANCH": "main", "DEPTH": ""}
+        environment = {"PATH": os.environ["PATH"], **told, **places}
+        done = subprocess.run(["sh", "-c", CLONE], env=environment, check=False, capture_output=True, text=True)
+        server.shutdown()
+    assert done.returncode
+    assert "Authentication failed" in done.stderr
+    assert "token-123" not in done.stderr

@@ -487,3 +487,18 @@ def test_both_forms_of_events_are_read() -> None:
     old = {"metadata": {}, "involvedObject": {"uid": "p"}, "reason": "R", "message": "m", "lastTimestamp": THEN}
     new = {"metadata": {}, "regarding": {"uid": "p"}, "reason": "R", "note": "m", "eventTime": "2026-11-23T12:00:00.000000Z"}
     assert read_warning(old) == read_warning(new)
+
+
+def test_a_deleted_pod_that_no_node_had_taken_is_over_though_something_holds_it() -> None:
+    stopped = job(parallelism=0, stopping_at="1")
+    for phase in ("Pending", "Failed"):
+        held = pod(phase=phase)
+        held["spec"] = {}
+        held["metadata"]["deletionTimestamp"] = THEN
+        end = end_of(seen(stopped, held))
+        assert (end.stopped, end.reason, never_began(end, read_pod(held))) == (True, None, True)
+        gone = end_of(seen({**stopped, "status": {"failed": 1, "conditions": [FAILED]}}, last=held))
+        assert (gone.stopped, gone.reason, never_began(gone, read_pod(held))) == (True, None, True)
+
+
+FAILED = {"type": "Failed", "status": "True", "reason": "BackoffLimitExceeded"}

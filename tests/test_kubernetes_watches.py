@@ -151,3 +151,19 @@ def _ended(process: str) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].startswith("Z")
     except FileNotFoundError:
         return True
+
+
+async def test_a_watch_of_a_version_that_is_yet_to_come_is_made_anew_after_silence(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after the API's store was restored: what happens until that version comes is told to no such watch."""
+    monkeypatch.setattr("app.launchers.reflector.SILENCE_SECONDS", 2.0)
+    handle = await house.ready()
+    for reflector in (house.launcher._jobs, house.launcher._pods):
+        reflector._bookmarked = True  # it comes once a minute
+        reflector._version = str(10**9)
+        reflector._newest = 10**9
+    await house.door.drop()
+    await house.world.run((await house.pod(handle))["metadata"]["name"], "kill -TERM -1")
+    await house.end(handle)
+    assert house.launcher._pods._newest < 10**9

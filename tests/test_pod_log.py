@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 
 from app.launcher import LogLine
-from app.launchers.pod_log import LATE_SECONDS, MUCH_BYTES, PART, KeptLog, LogReader, from_its_start, parse
+from app.launchers.pod_log import LATE_SECONDS, LINE_BYTES, MUCH_BYTES, PART, KeptLog, LogReader, from_its_start, parse
 
 
 def written(seconds: Sequence[float], text: str = "line") -> list[bytes]:
@@ -171,7 +171,7 @@ def test_what_a_kubelet_complains_of_is_no_line_of_the_log() -> None:
 
 
 def test_a_kept_log_is_resumed_behind_any_line_and_tells_what_it_dropped() -> None:
-    kept = KeptLog(room=3 * len("line 0"))
+    kept = KeptLog(lambda: 3 * (len("line 0") + LINE_BYTES))
     lines = list(LogReader(None).feed(b"".join(b"2024-01-01T00:00:0%d.5Z line %d\n" % (n, n) for n in range(5))))
     for line in lines[:3]:
         kept.add(line)

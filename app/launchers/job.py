@@ -49,7 +49,7 @@ DEADLINE_SLACK = 15
 
 CLONE = """\
 set -eu
-export GIT_TERMINAL_PROMPT=0 HOME="${WORKSPACE%/*}"
+export GIT_TERMINAL_PROMPT=0 GIT_ASKPASS=true HOME="${WORKSPACE%/*}"
 mkdir "$WORKSPACE"
 if [ -f "$CREDENTIALS/ssh-privatekey" ]; then
   known="-o StrictHostKeyChecking=accept-new -o UserKnownHostsFile=/dev/null"
@@ -308,7 +308,7 @@ def _clone(secret: str, wanted: Mapping[str, Any], spec: LaunchSpec) -> Json:
         "image": wanted["image"],
         **_given(imagePullPolicy=spec.options.get("image_pull_policy")),
         "command": ["sh", "-c", CLONE.replace("$", "$$")],
-        "terminationMessagePolicy": "FallbackToLogsOnError",  # what git complains of, which names no credentials
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # what git complains of; it names none it need not ask for
         "env": [
             *(
                 {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
@@ -356,8 +356,13 @@ def _merged(template: Json, ours: Json) -> Json:
 
 def _keep_choices(given: Mapping[str, Any], merged: Json) -> None:
     for key in _FROM_TEMPLATE:
-        if key in given:
-            merged[key] = _over(merged[key], given[key]) if isinstance(given[key], dict) else given[key]
+        match given.get(key):
+            case None:  # written and left empty is no choice
+                pass
+            case dict(chosen):
+                merged[key] = _over(merged[key], {name: value for name, value in chosen.items() if value is not None})
+            case chosen:
+                merged[key] = chosen
 
 
 def _over(base: Any, top: Any, key: str = "") -> Any:  # noqa: ANN401 - any JSON

@@ -42,7 +42,7 @@ from app.launchers import job as jobs
 from app.launchers import pod as pods
 from app.launchers.cluster import TOLD, Cluster, Json, Refused
 from app.launchers.pod import Conclude, Held, Job, Pod, Warned, Withdraw
-from app.launchers.pod_log import CUT_OFF, LOST, KeptLog, LogReader, from_its_start, parse
+from app.launchers.pod_log import CUT_OFF, KEPT_TOGETHER, LOST, KeptLog, LogReader, from_its_start, parse
 from app.launchers.reflector import PAGE, Reflector
 from app.reason import Reason
 
@@ -176,7 +176,8 @@ class KubernetesLauncher:
                         yield LogLine(LOST, CUT_OFF, gap=True)
                 elif pod:
                     to_its_end = not follow or ended
-                    lines = self._read_log(pod, LogReader(parse(after), since), follow=not to_its_end)
+                    reader = LogReader(parse(after), since)
+                    lines = self._read_log(pod, reader, follow=not to_its_end)
                     if to_its_end and after is None and since is None and pod.started_at is not None:
                         lines = from_its_start(lines, pod.started_at)
                     async for line in lines:
@@ -185,6 +186,8 @@ class KubernetesLauncher:
                         if not line.is_before(since):
                             yield line
                             after = line.cursor  # it may be the first, before which not all was read
+                    if ended and pod.state.keys() & {"running", "terminated"} and not reader.ended and not no_loss:
+                        yield LogLine(LOST, b"[the log is lost: its node does not have it any more]", gap=True)
                 elif ended and not no_loss:
                     yield LogLine(LOST, b"[the log is lost: its pod was deleted]", gap=True)
             except LauncherUnavailable:
@@ -366,6 +369,8 @@ class KubernetesLauncher:
             return LauncherUnavailable(text, acted=False)  # two writers met, at a quota for one
         if refused.status == _FORBIDDEN and "exceeded quota" in text:
             return LauncherUnavailable(text, acted=False, reason=Reason.QUOTA_EXCEEDED)
+        if refused.status == _FORBIDDEN and "not yet ready to handle request" in text:
+            return LauncherUnavailable(text, acted=False)  # an API server that has just begun
         if refused.status == _NOT_FOUND:
             return LaunchRejected(f"namespace {self._cluster.namespace} is missing: {text}", Reason.CONFIG_ERROR)
         return LaunchRejected(text)
@@ -404,6 +409,8 @@ class KubernetesLauncher:
             known = self._known(runner_id)
             if job is None and not known:
                 return {runner_id: Gone()}
+            if len(known) == 1 and known[0].started:
+                self._claim_if_needed(known[0])  # again, where it failed when the pod began, or its Job was not known yet
             told = {**self._told_of(job, known), **self._fates.get(runner_id, {})}
             seen = pods.look(job, known, self._last.get(runner_id), told, time.time())
             match seen:
@@ -624,7 +631,7 @@ class KubernetesLauncher:
         """Read the log of a pod that is going, from now on to its end; once for each runner."""
         kept = self._kept.get(pod.runner_id)
         if kept is None:
-            kept = self._kept[pod.runner_id] = KeptLog()
+            kept = self._kept[pod.runner_id] = KeptLog(lambda: KEPT_TOGETHER // max(1, len(self._kept)))
             self._do_beside(self._keep(pod, kept), f"keep the log of {pod.name}")
         return kept
 
@@ -679,12 +686,16 @@ class KubernetesLauncher:
             job = self._jobs.objects.get(jobs.job_name(before.runner_id))
             if job and job.first_pod in {None, before.uid}:
                 self._last.setdefault(before.runner_id, before)
+            if before.started:
+                self._claim_if_needed(before)
             self._hint(before.runner_id)
             self._forget_later(before.runner_id)
 
     def _claim_if_needed(self, pod: Pod) -> None:
         job = self._jobs.objects.get(jobs.job_name(pod.runner_id))
-        if job and not job.keeps_one_pod and job.first_pod is None and job.uid == pod.job:
+        last = self._last.get(pod.runner_id, pod)
+        first = last.uid == pod.uid or not last.started
+        if job and first and not job.keeps_one_pod and job.first_pod is None and job.uid == pod.job:
             self._do_beside(self._claim(job, pod), f"claim {pod.name}")
 
     def _keep_log_if_ours(self, pod: Pod) -> None:

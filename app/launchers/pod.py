@@ -408,6 +408,8 @@ def _without_pod(job: Job, last: Pod | None, told: Mapping[str, Sequence[Warned]
         return Conclude(_noted(job, _end(last, told, stopped=_stopped(job, last))))
     if last and last.job == job.uid and not (never and "running" not in last.state):
         return Conclude(_noted(job, _vanished(last, told, stopped=_asked(job))))
+    if never and last and last.job == job.uid and not last.node:
+        return Conclude(Exit(stopped=True, message=_NOT_STARTED))
     if job.succeeded:
         return Conclude(Exit(code=0, message="its pod was gone before it could be read; the Job says that it succeeded"))
     if job.failed:
@@ -502,6 +504,8 @@ def is_over(pod: Pod, now: float) -> bool:
     """
     if pod.phase == "Failed" and pod.reason == "DeadlineExceeded" and "running" in pod.state:
         return pod.deadline is not None and now > pod.deadline + pod.grace + DYING_SECONDS
+    if pod.deleted and not pod.node:  # no node takes it any more, though a finalizer may hold it for long
+        return True
     return pod.over or (pod.phase == "Failed" and "running" in pod.state and pod.reason in {"Evicted", "NodeLost"})
 
 
@@ -518,6 +522,8 @@ def _end(pod: Pod, told: Mapping[str, Sequence[Warned]], *, stopped: bool | None
             text = f"init container {name} exited with code {how.get('exitCode')}"
             words = how.get("message") or how.get("reason") or ""
             return Exit(reason=Reason.INIT_FAILED, message=f"{text}: {words}".strip(": "), stopped=stopped)
+        if stopped and not pod.node:
+            return Exit(stopped=True, message=_NOT_STARTED)
         what = "was deleted, not by us" if lost is Reason.DELETED else "ended"
         text = ": ".join(filter(None, (f"its pod {what}, and nothing tells how its program did", _kubelets_words(pod))))
         reason, text = disruption or (lost, text)

@@ -7,7 +7,7 @@ time of the last of them, which shows whether the count still fits; where it doe
 import asyncio
 import re
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -20,7 +20,13 @@ PART = 16_384
 
 MAX_LINE = 4 * 2**20
 KEPT_BYTES = 16 * 2**20
-"""How much of the log of a pod that is going is kept in memory until it is safe elsewhere."""
+"""How much memory the log of a pod that is going may take until it is safe elsewhere."""
+
+KEPT_TOGETHER = 128 * 2**20
+"""How much all of them may take: when a node is drained, many pods go at once."""
+
+LINE_BYTES = 256
+"""What a line takes beside its text."""
 
 LATE_SECONDS, MUCH_BYTES = 10.0, 2**20
 """A log of so many bytes that begins so long after its container may have lost its beginning: kubelets look every ten
@@ -174,13 +180,13 @@ async def from_its_start(lines: AsyncIterator[LogLine], started_at: float) -> As
 
 
 class KeptLog:
-    """The log of a pod that is going: as many of its newest lines as there is room for.
+    """The log of a pod that is going: as many of its newest lines as there is room for, its share at most.
 
     ``begun`` is set once it is being read, ``whole`` when nothing more comes.
     """
 
-    def __init__(self, room: int = KEPT_BYTES) -> None:
-        self._room = room
+    def __init__(self, share: Callable[[], int]) -> None:
+        self._share = share
         self.begun, self.whole = asyncio.Event(), asyncio.Event()
         self.stopped = False
         self._lines: deque[LogLine] = deque()
@@ -195,9 +201,10 @@ class KeptLog:
     def add(self, line: LogLine) -> None:
         """Keep one more line."""
         self._lines.append(line)
-        self._bytes += len(line.text)
-        while self._bytes > self._room and len(self._lines) > 1:
-            self._bytes -= len(self._lines.popleft().text)
+        self._bytes += LINE_BYTES + len(line.text)
+        room = min(KEPT_BYTES, self._share())
+        while self._bytes > room and len(self._lines) > 1:
+            self._bytes -= LINE_BYTES + len(self._lines.popleft().text)
             self._dropped = True
 
     def after(self, cursor: str | None) -> Sequence[LogLine]:

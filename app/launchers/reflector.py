@@ -24,7 +24,8 @@ T = TypeVar("T")
 PAGE = 500
 WATCH_SECONDS = 240
 SILENCE_SECONDS = 90.0
-"""After so much silence a watch is begun again. The API sends a bookmark every minute; where there are only events, none."""
+"""After so much silence a watch is begun again, by a new list where the API had sent bookmarks, which come every minute: it
+may have been set back to where this watch's version is yet to come."""
 
 LASTING_SECONDS = 1.0
 """A watch that was open for so long was well; that it is cut or falls silent is its end then, and no failure."""
@@ -63,6 +64,8 @@ class Reflector(Generic[T]):
         self._read = read
         self._changed = changed
         self._version: str | None = None
+        self._newest = 0
+        self._bookmarked = False
         self._ahead: dict[str, int] = {}
         self._heard_at = 0.0
         self._trouble: LauncherUnavailable | None = None
@@ -166,6 +169,9 @@ class Reflector(Generic[T]):
                 continue
             break
         version = str(answer["metadata"]["resourceVersion"])
+        if _number(version) < self._newest:  # the API was set back, and what calls answered before is void
+            self._ahead.clear()
+        self._newest = _number(version)
         self._ahead = {name: number for name, number in self._ahead.items() if number > _number(version)}
         for name in {*self.objects, *found} - self._ahead.keys():
             self._replace(name, found.get(name))
@@ -174,7 +180,7 @@ class Reflector(Generic[T]):
 
     async def _watch(self) -> None:
         """Follow the changes until the watch ends, by the API's will or by that of what lies before it."""
-        opened = math.inf
+        opened = heard = math.inf
         limit = random.randint(WATCH_SECONDS, WATCH_SECONDS * 5 // 4)  # noqa: S311 - spreads load
         query: dict[str, str | int] = {
             **self._selector,
@@ -186,8 +192,9 @@ class Reflector(Generic[T]):
         try:
             async with self._cluster.stream(self._path, query, silence=SILENCE_SECONDS) as chunks:
                 self._well()
-                opened = time.monotonic()
+                opened = heard = time.monotonic()
                 async for line in _lines(chunks):
+                    heard = time.monotonic()
                     self._take(line)
         except Refused as refused:
             if refused.status == _EXPIRED:
@@ -197,6 +204,8 @@ class Reflector(Generic[T]):
             if time.monotonic() - opened < LASTING_SECONDS:
                 raise
             self._trouble = error  # until the next one is open
+            if self._bookmarked and time.monotonic() - heard >= SILENCE_SECONDS:
+                self._version = None
             log.debug("%s: a watch ended: %s", self._path, error)
 
     def _take(self, line: bytes) -> None:
@@ -208,6 +217,8 @@ class Reflector(Generic[T]):
                     raise _ExpiredError
                 raise LauncherUnavailable(f"{self._path}: {obj.get('message')}")
             self._version = obj["metadata"]["resourceVersion"]
+            self._newest = _number(self._version)
+            self._bookmarked = self._bookmarked or kind == "BOOKMARK"
             self.heard()
             if kind in {"ADDED", "MODIFIED", "DELETED"} and not self._overtaken(obj):
                 self._replace(obj["metadata"]["name"], self._made(obj["metadata"]["name"], obj))
