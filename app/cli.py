@@ -77,7 +77,7 @@ def serve() -> None:
 
     from app.errors import ConfigurationError
     from app.log_lines import write_log
-    from app.server import serve_until_told
+    from app.server import EventLoop, serve_until_told
     from app.settings import load_settings
 
     write_log("text")  # until the settings say otherwise
@@ -86,7 +86,8 @@ def serve() -> None:
     try:
         settings = load_settings()
         write_log(settings.log_format)
-        asyncio.run(serve_until_told(settings))
+        with asyncio.Runner(loop_factory=EventLoop) as runner:
+            runner.run(serve_until_told(settings))
     except ConfigurationError as error:
         sys.exit(f"runner-launcher: {error}")
 
@@ -215,7 +216,7 @@ def launch(
     title: Annotated[str | None, typer.Option(help="The task's title.")] = None,
     description: Annotated[str | None, typer.Option(help="What to do.")] = None,
     branch: Annotated[str | None, typer.Option(help="The branch reserved for the task.")] = None,
-    slot_path: Annotated[Path | None, typer.Option(help="The slot: a checked-out repository, on the runner's host.")] = None,
+    slot_path: Annotated[str | None, typer.Option(help="The slot: a checked-out repository, on the runner's host.")] = None,
     slot_id: Annotated[str | None, typer.Option(help="The slot's id; without it, the last part of its path.")] = None,
     repo_url: Annotated[str | None, typer.Option(help="Where the slot was cloned from.")] = None,
     pool: Annotated[str | None, typer.Option(help="The pool that says where to run.", autocompletion=_pool_names)] = None,
@@ -228,9 +229,9 @@ def launch(
     request = _read_launch(file) if file else {"task": {}, "slot": {}, "pool": None}
     given = {"id": task_id, "title": title, "description": description, "reserved_branch": branch}
     request["task"] |= {name: value for name, value in given.items() if value is not None}
-    if slot_path:
-        path = slot_path.absolute()
-        request["slot"] |= {"slot_path": str(path), "slot_id": path.name}
+    if slot_path is not None:
+        path = Path(slot_path).absolute()  # of an empty one, which says nothing, it would be this directory
+        request["slot"] |= {"slot_path": slot_path and str(path), "slot_id": path.name}
     request["slot"] |= {
         name: value for name, value in {"slot_id": slot_id, "repo_url": repo_url}.items() if value is not None
     }

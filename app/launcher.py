@@ -164,8 +164,7 @@ class Launcher(Protocol):
         ``progress`` is told in a sentence, at most every few seconds, what a launch that takes long is at.
 
         Idempotent on ``runner_id``: called again, also by another process, also after the runner has exited, it returns
-        the handle of what exists. Never a second copy. Raises LaunchRejected or LauncherUnavailable. ``progress`` is told in
-        words what a long launch waits for.
+        the handle of what exists. Never a second copy. Raises LaunchRejected or LauncherUnavailable.
         """
         ...
 

@@ -69,7 +69,7 @@ class LogFile:
         """The offset at which the last so many lines begin. Blocks."""
         with self.path.open("rb") as file:
             position = size = os.fstat(file.fileno()).st_size
-            start = _first_byte(file.fileno(), 0, size)
+            hole, start = _last_hole(file.fileno(), size)
             wanted = lines + 1  # line ends to step over, the last line's own included
             while position > start:
                 step = min(CHUNK, position - start)
@@ -86,7 +86,7 @@ class LogFile:
                     return position - step + at + 1
                 wanted -= found
                 position -= step
-            return 0  # the hole at the front, if any, included: whoever reads on from here is told of it
+            return hole  # that before these lines, if any, included: whoever reads on from here is told of it
 
     def since(self, moment: float) -> int:
         """The offset before which all was surely written before a time; where a line begins, or at the end. Blocks."""
@@ -95,14 +95,14 @@ class LogFile:
             position = size if moment > time.time() else min(size, self.times.offset(moment))
             if position == size:
                 return size
-            start = _first_byte(file.fileno(), 0, size)
+            hole, start = _last_hole(file.fileno(), size)
             while position > start:
                 step = min(CHUNK, position - start)
                 block = os.pread(file.fileno(), step, position - step)
                 if b"\n" in block:
                     return position - step + block.rindex(b"\n") + 1
                 position -= step
-            return 0  # as in tail()
+            return min(hole, position)  # as in tail()
 
     def start(self, tail: int | None, since: float | None) -> int:
         """Where to begin for the last ``tail`` lines (None: all) of what was written since a time. Blocks."""
@@ -163,13 +163,29 @@ def _first_byte(fd: int, offset: int, size: int) -> int:
         return size
 
 
+def _first_hole(fd: int, offset: int, size: int) -> int:
+    """The first offset from here on that is in a hole, or at the end."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_HOLE)
+    except OSError:  # the file is shorter by now
+        return size
+
+
+def _last_hole(fd: int, size: int) -> tuple[int, int]:
+    """Where the last hole begins and ends. We make one at the front alone; a runner may make more, as large as it likes."""
+    begin, end = 0, _first_byte(fd, 0, size)
+    while end < size and (hole := _first_hole(fd, end, size)) < size:
+        begin, end = hole, _first_byte(fd, hole, size)
+    return begin, end
+
+
 def _read(fd: int, after: int) -> tuple[int, bytes]:
     """The next bytes behind an offset, and how many bytes are missing before them."""
     size = os.fstat(fd).st_size
     if after > size:  # emptied where holes cannot be made
         return -after, b""
     start = _first_byte(fd, after, size)
-    data = os.pread(fd, CHUNK, start)
+    data = os.pread(fd, min(CHUNK, max(0, _first_hole(fd, start, size) - start)), start)
     if start == after or not data:
         return start - after, data
     cut = data.find(b"\n") + 1  # the hole ends within a line

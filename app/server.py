@@ -8,8 +8,10 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -28,6 +30,27 @@ log = logging.getLogger("app")
 
 GRACEFUL_SECONDS = 10
 BACKLOG = 2048
+RESOLVERS = 32
+
+
+class EventLoop(asyncio.SelectorEventLoop):
+    """asyncio's own, with threads of their own to look names up: where a name server is silent, each takes many seconds.
+
+    In the few threads of the default executor files and processes would wait behind them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._resolvers = ThreadPoolExecutor(RESOLVERS, thread_name_prefix="resolver")
+
+    @override
+    async def getaddrinfo(self, *named: Any, **wanted: Any) -> list[Any]:
+        return await self.run_in_executor(self._resolvers, functools.partial(socket.getaddrinfo, *named, **wanted))
+
+    @override
+    def close(self) -> None:
+        self._resolvers.shutdown(wait=False)
+        super().close()
 
 
 class _Server(uvicorn.Server):

@@ -402,3 +402,25 @@ async def test_an_exit_is_told_from_a_kill_in_any_language_and_mode(
     french = {"LANG": "C.UTF-8", "LANGUAGE": "fr"}  # in which bash knows another word for `Exit`, where it knows any
     end, _ = await run_shim(shell, tmp_path / "run", {**french, "POSIXLY_CORRECT": "1"}, "/bin/sh", "-c", deed)
     assert end.startswith(word)
+
+
+async def test_a_runner_that_cannot_be_named_is_not_started(
+    launcher: LocalProcessLauncher, tmp_path: Path, place: Path, runner_id: str
+) -> None:
+    (place / "pid").mkdir(parents=True)  # as a full disk does it, and longer
+    handle = await launcher.launch(runner_id, spec(tmp_path, runner_id, "touch", "ran"))
+    assert (await ended(launcher, handle)).code == 125
+    assert not (tmp_path / "ran").exists()
+
+
+async def test_what_a_launch_that_could_not_be_prepared_has_left_is_not_taken_for_nothing(
+    launcher: LocalProcessLauncher, tmp_path: Path, place: Path, runner_id: str
+) -> None:
+    (place / "about.json").mkdir(parents=True)
+    with pytest.raises(LauncherUnavailable) as failure:
+        await launcher.launch(runner_id, spec(tmp_path, runner_id, "true"))
+    assert failure.value.acted
+    (place / "about.json").rmdir()
+    handle = Handle(runner_id=runner_id)
+    await launcher.remove(handle)
+    assert not place.exists()

@@ -687,3 +687,15 @@ async def test_a_runner_that_is_gone_before_anything_was_kept_has_no_log(
         await anext(engine.logs(HANDLE))
     await spool.keep(engine, HANDLE)
     assert await output(spool, engine, follow=lambda: True) == NOT_KEPT
+
+
+@pytest.mark.timeout(20)
+async def test_a_runner_that_makes_holes_in_its_log_keeps_nobody_busy(log: LogFile) -> None:
+    append(log, b"first\n")
+    os.truncate(log.path, 1 << 42)
+    append(log, b"cut\nlast\n")
+    log.note()
+    for start in (log.tail(5), log.since(time.time() - 1), 0):
+        data, _ = await chunks(log, start)
+        assert data.replace(b"\0", b"").endswith(b"last\n")
+        assert len(data) < MIB

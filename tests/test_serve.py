@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import resource
 import shutil
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -37,6 +39,8 @@ from conftest import (
     written,
 )
 from engines import missing
+
+from app.server import EventLoop
 
 FOREVER = "exec sleep 600"
 WAITS = "while [ ! -e go ]; do sleep 0.01; done\n"
@@ -406,9 +410,9 @@ def namespaces() -> list[str]:
 
 @asynccontextmanager
 async def on_a_small_disk(serve: Serve, state_dir: Path, pools: Json | None = None) -> AsyncIterator[tuple[Served, Path]]:
-    """Serve with a state directory on a disk of 8 MiB; gives with it where the test finds that disk."""
+    """Serve with a state directory on a disk of 8 MiB and 200 files; gives with it where the test finds that disk."""
     state_dir.mkdir()
-    mount = f'mount -t tmpfs -o size=8m,mode=0700 tmpfs {state_dir} && exec "$0" "$@"'
+    mount = f'mount -t tmpfs -o size=8m,nr_inodes=200,mode=0700 tmpfs {state_dir} && exec "$0" "$@"'
     async with serve(pools, inside=[*namespaces(), "sh", "-c", mount], mishaps=True) as running:
         yield running, Path(f"/proc/{running.process.pid}/root{state_dir}")
 
@@ -470,6 +474,23 @@ async def test_an_end_that_the_store_could_not_write_is_told_once_there_is_room(
         assert (record["state"], record["exit_code"], record["reason"]) == ("failed", 7, "exit_nonzero")
 
 
+@pytest.mark.parametrize("grace", [0, 30])
+async def test_a_runner_is_stopped_on_a_disk_that_takes_no_more_files(
+    serve: Serve, state_dir: Path, slot: Path, grace: int
+) -> None:
+    async with on_a_small_disk(serve, state_dir) as (running, disk), running.client() as client:
+        runner = await launched(client, launch_body(slot, "touch ready; " + FOREVER))
+        await until((slot / "ready").exists)
+        (disk / "many").mkdir()
+        with contextlib.suppress(OSError):
+            for number in itertools.count():
+                (disk / "many" / str(number)).touch()
+        await client.delete(runner["links"]["self"], params={"grace": grace})
+        record = await finished(client, runner)
+        assert (record["reason"], record["signal"]) == ("cancelled", "SIGTERM" if grace else "SIGKILL")
+        shutil.rmtree(disk / "many")
+
+
 @pytest.mark.fault("the disk is full, for state and logs")
 async def test_heartbeats_that_the_store_could_not_write_end_no_runner(serve: Serve, slot: Path, state_dir: Path) -> None:
     limit = 8
@@ -495,3 +516,21 @@ async def test_heartbeats_that_the_store_could_not_write_end_no_runner(serve: Se
         await asyncio.sleep(limit / 2)
         assert await beat() == 204
         assert (await client.get(runner["links"]["self"])).json()["phase"] == "running"
+
+
+def test_names_that_nobody_answers_for_take_no_thread_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: silent.wait(20) and [])
+
+    async def look() -> None:
+        loop = asyncio.get_running_loop()
+        named = [asyncio.create_task(loop.getaddrinfo("launcher.example", 443)) for _ in range(32)]
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(5):
+            assert await asyncio.to_thread(len, "") == 0
+        assert not any(one.done() for one in named)
+        silent.set()
+        await asyncio.gather(*named)
+
+    with asyncio.Runner(loop_factory=EventLoop) as runner:
+        runner.run(look())

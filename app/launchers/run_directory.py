@@ -184,6 +184,7 @@ class RunDirectory:
             }
             self._write("about.json", json.dumps(about).encode())
             self._keep_room_for_the_end()
+            self._write("unstopped", b"")
             with contextlib.suppress(FileExistsError):
                 os.mkfifo(self.path / "alive", 0o600)
             log = open(self.log, "ab", opener=_private)  # noqa: SIM115 - closed by whoever starts the shim
@@ -191,7 +192,8 @@ class RunDirectory:
             if fresh:
                 with contextlib.suppress(LauncherUnavailable, OSError):
                     self.remove()
-            raise LauncherUnavailable(f"cannot prepare {self.runner_id}: {error}", acted=False) from error
+            left = self.path.exists()  # with the context in it, so that it is to be removed
+            raise LauncherUnavailable(f"cannot prepare {self.runner_id}: {error}", acted=left) from error
         return Prepared(log, prefix, environment)
 
     def _tell(self, spec: LaunchSpec, account: Account | None) -> tuple[Path, dict[str, str]]:
@@ -276,7 +278,7 @@ class RunDirectory:
 
         Nothing on a runner that has ended. False while what was killed is not gone. Raises LauncherUnavailable.
         """
-        main, stop, kill = self._process("pid"), self.path / "stop", grace <= 0
+        main, stop, unstopped, kill = self._process("pid"), self.path / "stop", self.path / "unstopped", grace <= 0
         if main is None:
             raise LauncherUnavailable(f"{self.runner_id} is just being started")
         if self._end() or not main.alive:
@@ -284,13 +286,18 @@ class RunDirectory:
         if not kill and (self.path / "deadline").exists():  # its shim has sent TERM, and is to kill it
             return True
         before = stop.read_text() if stop.exists() else None
-        stop.touch()
+        if before is None:
+            try:
+                unstopped.rename(stop)  # which takes no room on a full disk
+            except FileNotFoundError:  # begun by a version that did not lay it there
+                stop.touch()
         if kill:
             reached, gone = main.kill(signal.SIGKILL), self._tree.kill()
         else:
             reached, gone = bool(before) or self._tree.signal(signal.SIGTERM), True
         if before is None and not reached:  # it has ended by itself meanwhile
-            stop.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                stop.rename(unstopped)
         elif not kill:
             with contextlib.suppress(OSError):  # on a full disk its deadline may bring TERM again
                 self._write("stop", f"{math.ceil(process_tree.uptime() + grace)}\n".encode())

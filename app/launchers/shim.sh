@@ -15,7 +15,7 @@
 #   deadline  created when this shim, and not the service, sent TERM because DEADLINE seconds had passed
 #
 # And what the service leaves there for the shim:
-#   stop    created before the service sends TERM or KILL; once TERM has gone out it holds the time, in whole seconds since
+#   stop    there before the service sends TERM or KILL; once TERM has gone out it holds the time, in whole seconds since
 #           boot, at which the service kills. Then DEADLINE brings no second TERM, which many a program takes for "at
 #           once"; the kill comes then from here if the service has died meanwhile
 #
@@ -55,7 +55,7 @@ main() {
     done <"$_shim_dir/cgroups"
     exec 9<&- # only now: once nobody holds the fifo, all that lives is in the groups
     read -r _shim_self _shim_rest </proc/self/stat
-    identify "$_shim_self" >"$_shim_dir/pid"
+    identify "$_shim_self" >"$_shim_dir/pid" || exit 125 # who cannot be named cannot be stopped
     echo started 2>/dev/null # the service may be dead: this must not be what kills the runner
     trap - PIPE
     ulimit -S -n "$_shim_files" # the service has raised its own
