@@ -11,9 +11,8 @@ from typing import Literal
 
 import httpx
 
-from app.targets import Target
+from app.targets import LONGEST_WISH_SECONDS, Target
 
-LONGEST_WISH_SECONDS = 3600.0
 ANSWER_BYTES = 16_384
 SHOWN = 200
 
@@ -38,7 +37,7 @@ class Courier:
         self._http = httpx.AsyncClient(
             timeout=None,  # noqa: S113 - a target says how long a try may take
             limits=httpx.Limits(max_connections=None),
-            headers={"User-Agent": "runner-launcher"},
+            headers={"User-Agent": "runner-launcher", "Accept-Encoding": "identity"},
             follow_redirects=False,
         )
 
@@ -81,7 +80,8 @@ def signed(event_id: str, timestamp: int, body: bytes, secrets: Iterable[bytes])
 def _read(response: httpx.Response, said: bytes, now: float) -> Answer:
     if response.is_success:
         return Answer()
-    words = " ".join(said[:SHOWN].decode(errors="replace").split())
+    text = said[:SHOWN].decode(errors="replace")  # which a target may have compressed all the same
+    words = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
     wish = _retry_after(response.headers.get("Retry-After", ""), now)
     status = response.status_code
     return Answer(

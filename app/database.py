@@ -27,7 +27,7 @@ from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError
 from sqlalchemy.pool import QueuePool
 
 from app import postgres
-from app.errors import ConfigurationError, NotOwner, Unavailable
+from app.errors import ConfigurationError, InvalidRequest, NotOwner, Unavailable
 from app.events import Change
 from app.schema import HEAD, leases, replicas
 
@@ -150,7 +150,7 @@ class Database:
                 await asyncio.to_thread(engine.dispose)  # the last to close writes the log back
 
     async def read(self, query: Callable[[Connection], T]) -> T:
-        """Ask something. Raises Unavailable, and what the query raises."""
+        """Ask something. Raises Unavailable, InvalidRequest for what no column can hold, and what the query raises."""
 
         def read() -> T:
             with self._read_engine.connect() as connection:
@@ -167,6 +167,8 @@ class Database:
         try:
             return await self._loop.run_in_executor(self._readers, read_again if self.shared else read)
         except DBAPIError as error:
+            if _unfit(error):
+                raise InvalidRequest(f"this cannot be looked for: {error.orig}") from error
             raise Unavailable(f"the store cannot be read: {error.orig}", code="store-unavailable") from error
 
     async def write(self, write: Write[T], touch: Callable[[], None] | None = None, *, fence: Fence | None = None) -> T:
@@ -323,6 +325,11 @@ class Database:
                 pending.resolve()
 
 
+def _unfit(error: DBAPIError) -> bool:
+    """Whether a statement was refused for what it holds: a zero byte, or a text too long for an index of PostgreSQL's."""
+    return isinstance(error, DataError) or (getattr(error.orig, "sqlstate", None) or "").startswith("54")
+
+
 @dataclass(slots=True, eq=False)
 class _Pending:
     """A write that waits for its commit; ``touch`` is called after it."""
@@ -339,10 +346,13 @@ class _Pending:
         self.error = None
         try:
             self.result = self.write(connection, made)
-        except (IntegrityError, DataError) as error:  # this write's own fault; any other error fails the whole batch
+        except IntegrityError as error:
             self.error = error
-        except DBAPIError:
-            raise
+        except DBAPIError as error:
+            if not _unfit(error):  # this write's own fault; any other error fails the whole batch
+                raise
+            self.error = InvalidRequest(f"the store cannot hold this: {error.orig}")
+            self.error.__cause__ = error
         except Exception as error:  # noqa: BLE001 - handed to the caller as it is
             self.error = error
         else:

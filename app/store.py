@@ -666,6 +666,8 @@ def _named(connection: Connection, given: str, pools: Collection[str] | None) ->
 
 def _meant(connection: Connection, given: str, pools: Collection[str] | None) -> Runner:
     beginning = f"runner-{given.removeprefix('runner-')}"
+    if "\0" in given:  # which no id has, and PostgreSQL does not look for
+        raise NotFound(f"no runner {given!r}")
     if not _BEGINNING.fullmatch(beginning):
         return _get(connection, beginning if _ID.fullmatch(beginning) else given)
     begins_so = (runners.c.runner_id >= beginning) & (runners.c.runner_id < beginning + "g")  # by the index, unlike LIKE

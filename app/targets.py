@@ -28,6 +28,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from app.errors import ConfigurationError
 
+LONGEST_WISH_SECONDS = 3600.0
+"""How long a target may wish us to wait, and so the longest of all pauses."""
+
 SECRET_BYTES = 24
 PREFIX = "whsec_"
 MAKE_ONE = f"write one with: echo {PREFIX}$(openssl rand -base64 32)"

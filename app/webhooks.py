@@ -26,7 +26,7 @@ from app.models import CloudEvent, cloud_event
 from app.ownership import Ownership
 from app.runner import Phase, Runner, State
 from app.store import Store
-from app.targets import Target, Told
+from app.targets import LONGEST_WISH_SECONDS, Target, Told
 
 if TYPE_CHECKING:
     from app.courier import Answer, Courier
@@ -426,7 +426,8 @@ class _Hook:
         while True:
             owed = lane.owed
             if owed and owed.retry_at > self._now():
-                await asyncio.sleep(owed.retry_at - self._now())
+                pause = min(owed.retry_at - self._now(), LONGEST_WISH_SECONDS)  # the clock may have been set back
+                await asyncio.sleep(pause)
             answer = await self._in_turn(event.id, body)
             if self._gone:
                 return False
@@ -479,15 +480,16 @@ class _Hook:
             log.warning("webhook %s does not take what it is told: %s", self.target.name, answer.error)
         self._failed_at, self._error = self._now(), answer.error
         if answer.retry_after:
-            self._paused_until = self._now() + answer.retry_after
+            self._paused_until = asyncio.get_running_loop().time() + answer.retry_after
 
     def _pause(self, attempts: int) -> float:
         first, longest = BACKOFF_SECONDS
         return random.uniform(0, min(longest, first * 2 ** min(attempts - 1, 30)))  # noqa: S311 - full jitter
 
     async def _in_turn(self, event_id: str, body: bytes) -> "Answer":
+        time = asyncio.get_running_loop().time
         async with self._sends:
-            while (pause := self._paused_until - self._now()) > 0:  # noqa: ASYNC110 - which another answer may make longer
+            while (pause := self._paused_until - time()) > 0:  # noqa: ASYNC110 - which another answer may make longer
                 await asyncio.sleep(pause)
             if self._ownership.fence_of(KEY) != self._fence:
                 raise NotOwner(f"the lease of {KEY} is another one now")

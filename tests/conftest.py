@@ -217,12 +217,13 @@ def service(tmp_path: Path, state_dir: Path, pools_file: Path, monkeypatch: pyte
         pools: Json | None = None,
         *,
         leave_runners: bool = False,
+        now: Callable[[], float] = time.time,
         **settings: Any,  # noqa: ANN401
     ) -> AsyncIterator[httpx.AsyncClient]:
         if pools or not read(pools_file):
             write_pools(pools_file, pools or {"local": local_pool()})
         known = {"state_dir": state_dir, "pools_file": pools_file, "slot_roots": (tmp_path / "slots",), **settings}
-        app = create_app(Settings(**known))
+        app = create_app(Settings(**known), now=now)
         transport = httpx.ASGITransport(app)
         with _nothing_logged(lambda record: record.levelno >= logging.ERROR):
             async with app.router.lifespan_context(app):

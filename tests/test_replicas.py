@@ -78,6 +78,12 @@ async def test_a_local_pool_is_served_by_its_node_and_read_anywhere(postgres: st
         refused = await at_b.post("/runners", json=body)
         problem(refused, 421, "other-node", words=a.url)
         assert refused.headers["location"] == f"{a.url}/runners"
+        tried = await at_b.post("/runners", params={"dry_run": "true"}, json=body)
+        assert (tried.status_code, tried.headers["location"]) == (421, f"{a.url}/runners?dry_run=true")
+        for path in ("/runners/%00", "/runners?task_id=%00", "/runners?label=a%3D%00"):
+            answer = await at_a.get(path)
+            assert answer.status_code in {404, 422}
+            assert answer.json()["retryable"] is False
         runner = await launched(at_a, body)
         path = f"/runners/{runner['runner_id']}"
         assert (await record_of(at_b, runner))["phase"] in ("starting", "running")

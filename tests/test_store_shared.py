@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncIterator, Callable
 from typing import Literal
 
@@ -11,7 +12,7 @@ from conftest import until
 from postgres import Proxy, fresh_database
 from test_store import end, intent, make
 
-from app.errors import ConfigurationError, SlotBusy, Unavailable
+from app.errors import ConfigurationError, InvalidRequest, SlotBusy, Unavailable
 from app.events import Change
 from app.store import Store
 
@@ -147,3 +148,12 @@ async def test_a_database_that_is_not_there_is_refused_with_a_reason(postgres: s
     with pytest.raises(ConfigurationError, match="does not exist"):
         await store.open()
     await store.aclose()
+
+
+async def test_what_no_index_can_hold_is_refused_alone(postgres: str) -> None:
+    long = "".join(chr(0x1000 + secrets.randbelow(0xC000)) for _ in range(1024))  # some 3 KB that do not compress
+    async with opened(postgres) as store:
+        wishes = [intent(make(number, **({"task_id": long} if number == 7 else {}))) for number in range(20)]
+        answers = await asyncio.gather(*map(store.intend, wishes), return_exceptions=True)
+        assert [number for number, answer in enumerate(answers) if isinstance(answer, BaseException)] == [7]
+        assert isinstance(answers[7], InvalidRequest)

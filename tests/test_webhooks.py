@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import gzip
 import hashlib
 import hmac
 import json
@@ -64,6 +65,7 @@ class Receiver:
     answer: Callable[[Call], Reply] = lambda _: (204, {})
     calls: list[Call] = field(default_factory=list)
     taken: list[Call] = field(default_factory=list)
+    words: bytes = b"no,\n thank you"
     port: int = 0
     _server: ThreadingHTTPServer | None = None
 
@@ -84,7 +86,7 @@ class Receiver:
                         self.send_header(key, value)
                     self.end_headers()
                     if status >= 300:
-                        self.wfile.write(b"no,\n thank you")
+                        self.wfile.write(receiver.words)
                 except OSError:
                     pass  # it went away
 
@@ -507,3 +509,40 @@ async def test_an_unknown_target_cannot_be_retried(service: Service) -> None:
     async with service() as client:
         assert (await client.get("/webhooks")).json() == {"items": []}
         problem(await client.post("/webhooks/nobody/retry"), 404, "not-found", words="nobody")
+
+
+async def test_an_answer_in_no_text_is_told_in_text_alone(
+    service: Service, slot: Path, receiver: Receiver, tmp_path: Path
+) -> None:
+    receiver.answer, receiver.words = (lambda _: (500, {"Content-Encoding": "gzip"})), gzip.compress(b"no") + b"\0 no"
+    async with service(webhooks_file=targets(tmp_path, receiver, events=ENDS, attempts=1)) as client:
+        await finished(client, await launched(client, launch_body(slot)))
+        await until(lambda: _parked(client))
+        error = (await shown(client))["arrears"][0]["error"]
+        assert error.startswith("HTTP 500: ")
+        assert error.isprintable()
+        assert {call.headers["accept-encoding"] for call in receiver.calls} == {"identity"}
+
+
+async def test_a_clock_that_is_set_back_holds_up_nothing_that_was_wished_for(
+    service: Service, slot: Path, receiver: Receiver, tmp_path: Path
+) -> None:
+    clock = Clock()
+    receiver.answer = lambda _: (429, {"Retry-After": "2"}) if len(receiver.calls) == 1 else (204, {})
+    async with service(webhooks_file=targets(tmp_path, receiver, events=ENDS), now=clock) as client:
+        runner = await launched(client, launch_body(slot))
+        await finished(client, runner)
+        await until(lambda: receiver.calls)
+        clock.set_by = -86_400.0
+        second = await launched(client, launch_body(slot.with_name("second")))
+        await finished(client, second)
+        await completed(receiver, second)
+
+
+class Clock:
+    """A clock that can be set."""
+
+    set_by = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.set_by

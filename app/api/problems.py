@@ -92,7 +92,8 @@ def answer(request: Request, error: RequestRefused) -> Response:
         else:
             detail = OTHERS_SLOT
     if isinstance(error, Misdirected) and error.url:
-        headers["Location"] = f"{error.url}{request.url.path}"
+        asked = f"?{request.url.query}" if request.url.query else ""  # a dry run is none without it
+        headers["Location"] = f"{error.url}{request.url.path}{asked}"
     if isinstance(error, NotAuthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, PoolFull | TooManyCalls | Unavailable):
