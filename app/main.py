@@ -87,12 +87,12 @@ def create_app(
                 ownership=ownership,
                 journal=journal,
                 pools=configured,
+                url=where,
                 tracing=tracing,
                 now=now,
             )
             await journal.open(service.draining)
             stack.push_async_callback(journal.aclose)
-            service.url = where
             stack.push_async_callback(ownership.aclose)
             stack.push_async_callback(reconciler.aclose)
             app.state.service, app.state.feed = service, feed

@@ -109,6 +109,7 @@ class RunnerService:
         ownership: Ownership,
         journal: Journal,
         pools: Pools,
+        url: str,
         tracing: "Tracing | None" = None,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -122,7 +123,7 @@ class RunnerService:
         self._now = now
         self.journal = journal
         self.pools = pools
-        self.url = settings.public_url or ""
+        self.url = url
         self.draining = asyncio.Event()
         self._waits: set[asyncio.Timeout] = set()
         self._engines = Engines(reconciler, lambda: self.pools.by_name, now)

@@ -90,7 +90,7 @@ class Telemetry:
         """Write all figures in the format that a scraper accepts; gives them and their media type."""
         async with self._scraping:  # what one scrape has set, the next must not clear while it is written
             self._read_off(pools, engines, streams, targets)
-            encode, media_type = choose_encoder(accept)
+            encode, media_type = _encoder(accept)
             return await asyncio.to_thread(encode, self._registry), media_type
 
     def _read_off(
@@ -167,3 +167,11 @@ class Telemetry:
             self._launches.labels(pool, "failed", reason).inc()
         elif runner.finished_at is not None:
             self._detection.labels(pool).observe(max(0.0, told_at - runner.finished_at))
+
+
+def _encoder(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
+    """Choose the format that a scraper accepts; one whose version is no number accepts any."""
+    try:
+        return choose_encoder(accept)
+    except TypeError:  # of the library's comparison of versions
+        return choose_encoder("")

@@ -235,7 +235,7 @@ class Terminal:
             )
             self._table(("ENGINE", "POOLS", "ANSWERS", "HEARD", "WHAT"), rows, empty="no engine is in use")
 
-    async def webhooks(self, name: str | None, *, retry: bool) -> int | None:
+    async def webhooks(self, name: str | None, *, retry: bool) -> None:
         """Show who is told of runners, one of them in full."""
         found = (await self.client.retry_webhook(name),) if name and retry else await self.client.webhooks()
         if name:
@@ -250,7 +250,6 @@ class Terminal:
         else:
             heads = ("TARGET", "URL", "IS", "BEHIND", "RETRYING", "PARKED", "ERROR")
             self._table(heads, map(_webhook, found), empty="nobody is told of runners")
-        return None
 
     # What goes on.
 

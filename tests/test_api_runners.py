@@ -820,6 +820,17 @@ async def test_a_heartbeat_with_the_runners_own_token_is_noted_and_is_no_change(
     assert before["revision"] == after["revision"]
 
 
+async def test_a_heartbeat_comes_by_the_name_that_a_pool_tells_its_runners(service: Service, slot: Path) -> None:
+    async with service({"local": local_pool(public_url="http://balancer.example:8080")}) as client:
+        runner = await launched(client, launch_body(slot, TELL + FOREVER))
+        environment, named = await told(slot), {"Host": "balancer.example:8080"}
+        assert environment["RUNNER_LAUNCHER_URL"] == "http://balancer.example:8080"
+        headers = named | {"Authorization": f"Bearer {environment['RUNNER_TOKEN']}"}
+        answer = await client.post(f"{runner['links']['self']}/heartbeat", headers=headers)
+        assert answer.status_code == 204
+        problem(await client.get(runner["links"]["self"], headers=named), 403, "foreign-host")
+
+
 async def running(client: httpx.AsyncClient, runner: Json) -> Json:
     record = await record_of(client, runner)
     return record if record["phase"] == "running" else {}

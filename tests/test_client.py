@@ -663,3 +663,13 @@ async def test_an_agent_reads_its_context_and_beats(serve: Serve, slot: Path) ->
         assert (ended.state, ended.reason) == ("completed", None)
         assert ended.last_heartbeat
         assert b"".join([piece async for piece in client.logs(runner.runner_id)]) == b"Add a greeting True None\n"
+
+
+async def test_a_log_of_a_service_that_says_nothing_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner_launcher_client.client.SILENCE_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        async with RunnerLauncherClient(url=url, token="any", patience_seconds=0.5) as client:  # noqa: S106
+            with pytest.raises(UnavailableError):
+                async with asyncio.timeout(20):
+                    [piece async for piece in client.logs("runner-000000000000")]

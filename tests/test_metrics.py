@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import httpx
+import pytest
 from conftest import Json, Serve, Service, finished, launch_body, launched, local_pool, problem, record_of, until
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -82,3 +83,10 @@ async def test_open_streams_are_counted(serve: Serve) -> None:
         async with client.stream("GET", "/events", headers={"Accept": "text/event-stream"}):
             await until(lambda: open_streams(1))
         await until(lambda: open_streams(0))
+
+
+@pytest.mark.parametrize("version", ["abc", "1.x", "0.0.4", "1.0.0", ""])
+async def test_a_scraper_may_name_any_version(client: httpx.AsyncClient, version: str) -> None:
+    answer = await client.get("/metrics", headers={"Accept": f"application/openmetrics-text; version={version}"})
+    assert answer.status_code == 200
+    assert "runner_launcher_tasks" in answer.text

@@ -37,12 +37,12 @@ def is_wanted(request: Request) -> bool:
     return _weight(accepted, "text/plain") > _weight(accepted, "application/json")
 
 
-def shown(request: Request, response: Response, answer: BaseModel, status: int = 200) -> Response | None:
-    """Give an answer as text, with the headers meant for it, and the status unless that says another; None for JSON."""
+def shown(request: Request, response: Response, answer: BaseModel) -> Response | None:
+    """Give an answer as text, with the status and headers meant for it; None for JSON."""
     response.headers["Vary"] = "Accept"
     if not is_wanted(request):
         return None
-    return PlainTextResponse(text(answer), response.status_code or status, dict(response.headers))
+    return PlainTextResponse(text(answer), response.status_code or 200, dict(response.headers))
 
 
 def text(answer: BaseModel) -> str:

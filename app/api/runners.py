@@ -121,13 +121,10 @@ async def launch(
     response.headers["Location"] = answer.links.self
     if launched.replayed:
         response.headers["Idempotency-Replayed"] = "true"
-    if not launched.runner.accepted:
-        response.status_code = 202
-    elif launched.replayed:
-        response.status_code = 200
+    response.status_code = 202 if not launched.runner.accepted else 200 if launched.replayed else 201
     if applied:
         response.headers["Preference-Applied"] = applied
-    return plain.shown(request, response, answer, 201) or answer
+    return plain.shown(request, response, answer) or answer
 
 
 @router.get(
@@ -240,6 +237,7 @@ async def stop(
     responses={200: plain.TEXT, **problems(404, 409, 421, 422)},
 )
 async def logs(
+    request: Request,
     runner_id: Id,
     service: Service,
     who: Who,
@@ -249,7 +247,10 @@ async def logs(
 ) -> StreamingResponse:
     runner = await service.get(runner_id, who)
     output = await service.logs(runner, tail=tail, since=since.timestamp() if since else None, follow=follow)
-    return streams.text(_with_ending(output, service, runner) if follow else output)
+    output = streams.while_good(request, output)
+    if follow:
+        output = _with_ending(output, lambda: streams.parting(request, lambda: _ending(service, runner)))
+    return streams.text(output)
 
 
 @router.get(
@@ -337,12 +338,12 @@ async def _preview(service: RunnerService, body: LaunchRequest, who: Caller, tra
     )
 
 
-async def _with_ending(output: AsyncIterator[bytes], service: RunnerService, runner: Runner) -> AsyncIterator[bytes]:
-    """Say behind a followed log, on a line of its own, how the runner ended."""
+async def _with_ending(output: AsyncIterator[bytes], farewell: streams.Farewell) -> AsyncIterator[bytes]:
+    """Say behind a followed log, on a line of its own, why it ends."""
     data = b"\n"
     async for data in output:
         yield data
-    line = f"[{await _ending(service, runner)}]\n".encode()
+    line = f"[{await farewell()}]\n".encode()
     yield line if data.endswith(b"\n") else b"\n" + line
 
 

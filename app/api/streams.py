@@ -7,19 +7,22 @@ why it ends. What it has yet to say is not kept for it: it reads on as fast as i
 import functools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from fastapi import Header, Request
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.responses import StreamingResponse
 
 from app.api import plain
+from app.api.answers import caller_of
+from app.api.auth import Authenticator
 from app.errors import Fault, InvalidRequest
 from app.journal import KEPT, Line
 
 IDLE_SECONDS = 15.0
 RETRY_MILLISECONDS = 1000
 GOING_DOWN = "the service is going down; ask again to follow on"
+REVOKED = "the token is no longer good"
 
 EVENT_STREAM = "text/event-stream"
 STREAM = {"content": {**plain.TEXT["content"], EVENT_STREAM: {"schema": {"type": "string"}}}}
@@ -30,6 +33,8 @@ LastEventId = Annotated[str | None, Header(alias="Last-Event-ID", description="t
 Lines = AsyncIterator[Sequence[Line]]
 Farewell = Callable[[], Awaitable[str]]
 
+T = TypeVar("T")
+
 
 def is_wanted(request: Request) -> bool:
     """Say whether a client asks for server-sent events."""
@@ -38,15 +43,38 @@ def is_wanted(request: Request) -> bool:
 
 def told(request: Request, lines: Lines, place: int, farewell: Farewell) -> StreamingResponse:
     """Answer with events as they come, in the form that the client asks for."""
+    lines = while_good(request, lines)
+
+    async def last_words() -> str:
+        return await parting(request, farewell)
+
     if is_wanted(request):  # and nothing on the way may keep them back
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "Vary": "Accept"}
-        return EventSourceResponse(_frames(lines, place, farewell), headers=headers)
-    return text(_texts(lines, farewell))
+        return EventSourceResponse(_frames(lines, place, last_words), headers=headers)
+    return text(_texts(lines, last_words))
 
 
 def text(pieces: AsyncIterator[bytes]) -> StreamingResponse:
     """Answer with text as it comes."""
     return StreamingResponse(pieces, media_type="text/plain; charset=utf-8", headers={"X-Content-Type-Options": "nosniff"})
+
+
+async def while_good(request: Request, pieces: AsyncIterator[T]) -> AsyncIterator[T]:
+    """Give an answer's pieces for as long as the token that asked for it stands for the same caller."""
+    async for piece in pieces:
+        if not _is_good(request):
+            return
+        yield piece
+
+
+async def parting(request: Request, farewell: Farewell) -> str:
+    """Say why an answer ends."""
+    return await farewell() if _is_good(request) else REVOKED
+
+
+def _is_good(request: Request) -> bool:
+    authenticator: Authenticator = request.app.state.authenticator
+    return authenticator.still(request.headers.get("authorization"), caller_of(request))
 
 
 def revision(last_event_id: str | None) -> int | None:

@@ -182,7 +182,8 @@ class RunnerLauncherClient:
         if since is not None:
             params["since"] = _moment(since)
         call = Call("GET", f"/runners/{quote(runner_id, safe='')}/logs", params=params)
-        response = await self._open(call, Trouble(self._patience, self._address), silence=None)
+        silence = None if follow else SILENCE_SECONDS
+        response = await self._open(call, Trouble(self._patience, self._address), silence=silence)
         try:
             async for piece in response.aiter_bytes():
                 yield piece
