@@ -297,7 +297,7 @@ class PoolConfig(BaseModel):
     launch_timeout_seconds: Seconds = 300
     """How long a launch may take until its runner runs."""
     run_timeout_seconds: Seconds | None = None
-    """How long a runner may run; it is then stopped, and told as `deadline_exceeded`."""
+    """How long a runner may run, from when its engine took it; it is then stopped, and told as `deadline_exceeded`."""
     heartbeat_timeout_seconds: Seconds | None = None
     """How long a runner that has beaten once may be silent."""
     retry_attempts: Count = 3

@@ -26,6 +26,7 @@ WORDS: list[tuple[object, str]] = [
     (pools.Seconds, "seconds, above 0"),
     (pools.SomeSeconds, "seconds"),
     (pools.Count, "a number, 1 or more"),
+    (pools.PerSecond, "launches a second, above 0"),
     (pools.Cores, "cores"),
     (pools.Mebibytes, "MiB"),
     (pools.AskedCores, "cores, or as `500m`"),
@@ -123,6 +124,7 @@ def _kind(annotation: Any) -> str:  # noqa: ANN401 - whatever a model's keys are
         return "a mapping"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "see [below](#resources)"
+    assert not {int, float} & {annotation, *get_args(annotation)}, annotation  # noqa: S101 - a number is to be said above
     return "text"
 
 

@@ -32,7 +32,11 @@ VALUES: dict[str, Json] = {
             "elsewhere": {"type": "kubernetes", "config": {"namespace": "far", "kubeconfig": "/secret/kubeconfig"}},
         },
         "files": {"job.yaml": "apiVersion: batch/v1\nkind: Job\nspec: {template: {spec: {priorityClassName: low}}}\n"},
-        "env": {"RUNNER_LAUNCHER_ALLOW_INLINE_POOLS": True, "NO_PROXY": "10.0.0.1"},
+        "env": {
+            "RUNNER_LAUNCHER_ALLOW_INLINE_POOLS": True,
+            "NO_PROXY": "10.0.0.1",
+            "RUNNER_LAUNCHER_RETENTION_RECORDS": 2_000_000,  # which Helm would write as 2e+06
+        },
         "publicUrl": "https://launcher.example.org",
         "service": {"type": "LoadBalancer", "port": 80, "annotations": {"example.org/internal": "yes"}},
         "networkPolicy": {"from": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "dispatchers"}}}]},
@@ -98,7 +102,7 @@ def test_its_role_is_the_smallest_that_works() -> None:
 @pytest.mark.parametrize("name", VALUES)
 def test_the_service_takes_its_settings_and_pools(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = rendered(VALUES[name])
-    for file, text in one("ConfigMap", [each for each in documents if "pools.yaml" in each.get("data", {})])["data"].items():
+    for file, text in one("Secret", documents)["stringData"].items():
         (tmp_path / file).write_text(text)
     pools = tmp_path / "pools.yaml"
     pools.write_text(pools.read_text().replace("/secret/kubeconfig", str(tmp_path / "kubeconfig")))

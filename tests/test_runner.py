@@ -330,6 +330,13 @@ def test_the_nearest_deadline_is_waited_for_and_the_earliest_missed_names_the_re
     assert told(decide(runner, seen, now, T)) == step
 
 
+def test_a_time_that_was_over_before_a_runner_ran_is_told_as_that() -> None:
+    step = decide(yes(policy=Policy(run_timeout_seconds=60)), Starting("no node has room"), T + 61, T)
+    assert isinstance(step, Become)
+    assert step.runner.stop
+    assert step.runner.stop.message == "its 60 s were over before it ran: no node has room"
+
+
 @pytest.mark.parametrize(("since", "step"), [(T, "stopping stopping heartbeat_lost"), (T + 35, "wait 55")])
 def test_silence_does_not_count_while_the_service_was_down(since: float, step: str) -> None:
     runner = running(policy=Policy(heartbeat_timeout_seconds=20), last_heartbeat=T + 10)
