@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from crash import Launch, Verdict, judge_one, judge_starts, judge_told
 
 SCRIPT = Path(__file__).parent / "crash" / "crash.py"
 SOAK = Path(__file__).parent / "crash" / "soak.py"
@@ -70,3 +72,54 @@ def test_a_soak_of_half_a_minute_loses_nothing_and_tells_what_each_figure_does(t
     assert not figures["faults"]
     assert {"memory of its own, MiB", "file descriptors", "tasks", "state directory, files"} <= figures["slopes"].keys()
     assert figures["slopes"]["tasks"]["level"] > 1
+
+
+COMPLETED = {"phase": "finished", "state": "completed", "reason": None, "exit_code": 0, "signal": None, "finished_at": "1"}
+FAILED = {**COMPLETED, "state": "failed", "reason": "exit_nonzero", "exit_code": 3}
+CANCELLED = {**FAILED, "reason": "cancelled", "exit_code": None, "signal": "SIGTERM"}
+RUNS = {**COMPLETED, "phase": "running", "state": "running", "exit_code": None, "finished_at": None}
+
+
+def asked(told: dict[str, Any] | None = None, *, stop: bool = False) -> Launch:
+    return Launch("task", 1, 0, stop=stop, record=told or {})
+
+
+@pytest.mark.parametrize(
+    ("launch", "starts", "end", "items", "fault"),
+    [
+        (asked(), 1, ("r", 0), [COMPLETED], None),
+        (asked(COMPLETED), 1, ("r", 0), [COMPLETED], None),
+        (asked(RUNS), 1, ("r", 0), [COMPLETED], None),
+        (asked(stop=True), 1, None, [CANCELLED], None),
+        (asked(stop=True), 0, None, [CANCELLED], None),
+        (asked(), 1, ("r", 0), [], "lost"),
+        (asked(), 1, ("r", 0), [RUNS], "lost"),
+        (asked(), 0, None, [COMPLETED], "lost"),
+        (asked(), 2, ("r", 0), [COMPLETED], "doubled"),
+        (asked(), 1, ("r", 0), [COMPLETED, COMPLETED], "doubled"),
+        (asked(), 1, ("r", 3), [COMPLETED], "false end"),
+        (asked(), 1, None, [COMPLETED], "false end"),
+        (asked(), 1, ("r", 0), [FAILED], "false end"),
+        (asked(), 1, ("r", 0), [CANCELLED], "false end"),
+        (asked(stop=True), 1, None, [{**CANCELLED, "exit_code": 0}], "false end"),  # a 0 that nobody wrote
+        (asked(FAILED), 1, ("r", 0), [COMPLETED], "false end"),  # told one end, and on record as another
+        (asked({**COMPLETED, "finished_at": "2"}), 1, ("r", 0), [COMPLETED], "false end"),
+    ],
+)
+def test_the_judge_finds_what_it_is_there_to_find(
+    launch: Launch, starts: int, end: tuple[str, int] | None, items: list[dict[str, Any]], fault: str | None
+) -> None:
+    verdict = Verdict("any", ["random"])
+    items = [{"message": "", **item} for item in items]
+    judge_told(launch, items, verdict)
+    judge_one(launch, starts, end, items, verdict, away=False)
+    assert [*verdict.faults] == ([fault] if fault else [])
+
+
+def test_the_judge_finds_who_was_started_again_in_a_later_round(tmp_path: Path) -> None:
+    (tmp_path / "witness").mkdir()
+    lines = ["start 1 r life", "end 1 r 0", "start 2 r life", "start 1 r another"]
+    (tmp_path / "witness" / "journal").write_text("\n".join(lines))
+    verdict = Verdict("any", ["random"])
+    judge_starts(tmp_path, verdict)
+    assert verdict.faults == {"doubled": 1}

@@ -53,6 +53,9 @@ LAUNCHES = 8
 STOPPED = 2
 """How many of them are stopped by a client while they run."""
 
+END = ("state", "reason", "exit_code", "signal", "finished_at")
+"""What is told of an end, once and for all."""
+
 OWNER = 1000
 """Who owns the slots, and so whom a runner in a container is, where this test may say so."""
 
@@ -468,10 +471,12 @@ async def judge(service: Service, launches: list[Launch], verdict: Verdict, poin
     async with service.client() as client:
         for launch in launches:
             items = (await client.get("/runners", params={"task_id": launch.task_id})).json()["items"]
+            judge_told(launch, items, verdict)
             judge_one(launch, starts[launch.task_id], ends.get(launch.task_id), items, verdict, away=point.endswith("-away"))
             for item in items:
                 told = (await client.get(f"/runners/{item['runner_id']}/events")).json()["items"]
-                if (times := sum(event["to"] == "finished" != event["from"] for event in told)) > 1:
+                times = sum(event["to"] == "finished" != event["from"] for event in told)
+                if times != (item["phase"] == "finished"):
                     verdict.fault("false end", f"{launch.task_id}: ended {times} times: {told}")
         records = (await client.get("/runners", params={"limit": 500})).json()["items"]
     live = [record for record in records if record["phase"] != "finished"]
@@ -502,6 +507,14 @@ async def settled(world: World) -> dict[str, bool]:
     return left
 
 
+def judge_told(launch: Launch, items: list[dict[str, Any]], verdict: Verdict) -> None:
+    """An end that its Dispatcher was told stands, whatever crashes then."""
+    told = launch.record
+    for item in items:
+        if told.get("phase") == "finished" and any(told[name] != item[name] for name in END):
+            verdict.fault("false end", f"{launch.task_id}: told as {told}, and on record as {item}")
+
+
 def judge_one(
     launch: Launch, starts: int, end: tuple[str, int] | None, items: list[dict[str, Any]], verdict: Verdict, *, away: bool
 ) -> None:
@@ -516,7 +529,8 @@ def judge_one(
         verdict.fault("lost", f"{name}: {record['phase']}")
         return
     told = (record["state"], record["exit_code"], record["reason"])
-    if launch.stop and record["reason"] == "cancelled" and (end is None or record["exit_code"] == end[1]):
+    by_stop = record["exit_code"] == end[1] if end else record["exit_code"] != 0  # a 0 comes of itself, and is written down
+    if launch.stop and record["reason"] == "cancelled" and by_stop:
         return  # it would have slept for long: an end that it wrote came of the stop, which wins
     if away and starts == 0 and record["reason"] == "engine_unavailable":
         return
@@ -526,6 +540,14 @@ def judge_one(
     right = ("completed", 0, None) if launch.code == 0 else ("failed", launch.code, "exit_nonzero")
     if end is None or told != right:
         verdict.fault("false end", f"{name}: wrote {end}, and is on record as {told}: {record['message']}")
+
+
+def judge_starts(home: Path, verdict: Verdict) -> None:
+    """See at last that nobody was started again in a round behind their own."""
+    lines = [line.split() for line in (home / "witness" / "journal").read_text().splitlines()]
+    for task, times in Counter(line[1] for line in lines if line[0] == "start").items():
+        if times > 1:
+            verdict.fault("doubled", f"{task}: started {times} times in all")
 
 
 def prepare(home: Path, world: World) -> None:
@@ -574,6 +596,7 @@ async def main() -> int:
                 print(f"{verdict.rounds} rounds, faults: {dict(verdict.faults)}", flush=True)
             if options.plant and verdict.faults:
                 break
+        judge_starts(home, verdict)
     finally:
         await service.kill()
         await world.close()

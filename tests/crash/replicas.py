@@ -39,6 +39,7 @@ from crash import (
     dispatch,
     free_port,
     judge,
+    judge_starts,
     prepare,
 )
 from proxy import Proxy
@@ -377,6 +378,7 @@ async def main() -> int:
             await Round(service, number, rng, verdict).play(turn[number % len(turn)], options.restart_database or "")
             number += 1
             print(f"{verdict.rounds} rounds, faults: {dict(verdict.faults)}", flush=True)
+        judge_starts(home, verdict)
     finally:
         for replica in each:
             await replica.kill()

@@ -7,7 +7,8 @@ processes, some are containers of an engine that is this test's own. Some end, s
 engine is restarted, killed and frozen; in the first two fifths of the time the service is killed, or told to go, as well.
 The one that is started then lives to the end. A new process begins a new line of memory, so what grows is judged of this
 one alone, in the second half of the time, when all that it keeps is as full as it gets: what has ended is forgotten after a
-seventh of the time. At the end the judge of the crash test compares what the runners themselves wrote with what was told.
+seventh of the time. How many ended in that time is chance, so of kept logs those count that no record explains. At the end
+the judge of the crash test compares what the runners themselves wrote with what was told.
 
 A slope is the median of those between all pairs of 30 medians (Theil and Sen), with its 95 % confidence interval. It is
 flat if the whole interval lies below the bound, and the soak fails if the whole of it lies above. A run of less than twenty
@@ -25,6 +26,7 @@ import random
 import secrets
 import shutil
 import signal
+import sqlite3
 import statistics
 import sys
 import tempfile
@@ -67,6 +69,7 @@ JUDGED_SECONDS = 20 * 60.0
 AGAIN = (429, 500, 502, 503)
 """Answers after which a client asks again. A service that goes down gives 500 where an engine kept it waiting."""
 
+GIVEN_UP = ("removing", "dead")
 CUT_SHORT = "CancelledError: Task cancelled, timeout graceful shutdown exceeded"
 
 RUNNER = """
@@ -76,7 +79,8 @@ read -r LIFE </proc/sys/kernel/random/uuid
 echo "start $TASK $RUNNER_ID $LIFE" >>"$JOURNAL"
 echo "$TASK has begun"; seq 2000
 sleep "${PLAN%-*}"
-echo "end $TASK $RUNNER_ID ${PLAN#*-}" >>"$JOURNAL"
+read -r UPTIME _ </proc/uptime
+echo "end $TASK $RUNNER_ID ${PLAN#*-} $UPTIME" >>"$JOURNAL"
 exit "${PLAN#*-}"
 """
 """A task is called NUMBER-SECONDS-CODE."""
@@ -117,6 +121,9 @@ class Soak:
 
     forgotten: int = 0
     """How many runners a killed engine forgot, and so was said never to have started."""
+
+    given_up: int = 0
+    """How many dead containers the engine removes for ever: killed amid a start, it leaves mounts that are in its way."""
 
     def __post_init__(self) -> None:
         self.began = time.monotonic()
@@ -288,7 +295,9 @@ class Soak:
     async def measure(self) -> None:
         """Note from time to time what the service holds."""
         while True:
-            with contextlib.suppress(OSError, aiohttp.ClientError, httpx.TransportError, IndexError):  # one is dead just now
+            with contextlib.suppress(
+                OSError, aiohttp.ClientError, httpx.TransportError, sqlite3.Error, IndexError
+            ):  # one is dead just now
                 self.samples.append(await self.sample())
                 if len(self.samples) % 30 == 0:
                     print(f"{100 * self.passed:3.0f} %  {self.samples[-1]}  faults {dict(self.verdict.faults)}", flush=True)
@@ -298,7 +307,8 @@ class Soak:
         async with self.client.get("/metrics") as answer:
             lines = (await answer.text()).splitlines()
         pid, state = self.service.pid, self.service.state
-        files = await asyncio.to_thread(sizes, state)
+        files, known = await asyncio.to_thread(sizes, state), await asyncio.to_thread(on_record, state)
+        logs = {path: size for path, size in files.items() if path.startswith(str(state / "logs"))}
         sample: Json = {
             "at": time.monotonic() - self.began,
             "pid": pid,
@@ -308,8 +318,9 @@ class Soak:
             "file descriptors": len([*Path(f"/proc/{pid}/fd").iterdir()]),
             "threads": len([*Path(f"/proc/{pid}/task").iterdir()]),
             "tasks": figure(lines, "runner_launcher_tasks "),
-            "state directory, MiB": sum(files.values()) / 2**20,
-            "state directory, files": len(files),
+            "kept logs without a record": sum(Path(path).name.partition(".")[0] not in known for path in logs),
+            "state directory without kept logs, MiB": (sum(files.values()) - sum(logs.values())) / 2**20,
+            "state directory without kept logs, files": len(files) - len(logs),
             "database, MiB": files.get(str(state / "runners.db"), 0) / 2**20,
             "write-ahead log, MiB": files.get(str(state / "runners.db-wal"), 0) / 2**20,
         }
@@ -327,7 +338,7 @@ class Soak:
             self.verdict.fault("lost", f"{name}: no end in {DRAIN_SECONDS:g} s: {launch.record}")
         lines = [line.split() for line in (self.home / "witness" / "journal").read_text().splitlines()]
         starts = Counter(line[1] for line in lines if line[0] == "start")
-        wrote = {line[1]: (line[2], int(line[3])) for line in lines if line[0] == "end"}
+        wrote = {line[1]: (line[2], int(line[3]), float(line[4])) for line in lines if line[0] == "end"}
         for told in self.told:
             before = self.verdict.faults.total()
             self.judge_one(told, starts[told.launch.task_id], wrote.get(told.launch.task_id))
@@ -346,8 +357,10 @@ class Soak:
         for runner_id, lives in (await self.left()).items():
             self.verdict.fault("orphan", f"{runner_id} {'lives' if lives else 'was left behind'}")
 
-    def judge_one(self, told: Told, starts: int, wrote: tuple[str, int] | None) -> None:
+    def judge_one(self, told: Told, starts: int, wrote: tuple[str, int, float] | None) -> None:
         """Judge one launch as the crash test does; who was in a container while its engine was stopped may have died of it.
+
+        But for those who had written that they ended, unless that was as their engine stopped (both by the kernel's clock).
 
         An engine that is killed as it starts a container forgets that it did, and says that it never ran.
         """
@@ -357,10 +370,11 @@ class Soak:
         hurt = record["pool_name"] == "container" and any(
             deed != "freeze" and since < told.ended and until > told.asked for deed, since, until in self.deeds
         )
-        if hurt and starts == 1 and record["state"] == "failed" and record["exit_code"] != 0 and told.records == 1:
+        amid = wrote is None or any(since - 1 < wrote[2] < until for _, since, until in self.deeds)
+        if hurt and amid and starts == 1 and record["state"] == "failed" and record["exit_code"] != 0 and told.records == 1:
             self.forgotten += record["reason"] in ("engine_unavailable", "launch_timeout")
         else:
-            judge_one(launch, starts, wrote, [record] * told.records, self.verdict, away=bool(self.deeds))
+            judge_one(launch, starts, wrote and wrote[:2], [record] * told.records, self.verdict, away=hurt)
         if wrote and not record["log_truncated"] and f"{launch.task_id} has begun" not in told.log:
             self.verdict.fault("lost", f"{launch.runner_id} wrote a log that begins: {told.log[:200]}")
 
@@ -378,7 +392,9 @@ class Soak:
             if self.engine:
                 with self.engine.api() as api:
                     found = await asyncio.to_thread(api.containers)
-                left |= {str(container["Names"]): container["State"] == "running" for container in found}
+                stuck = [container for container in found if container["State"] in GIVEN_UP]
+                self.given_up = len(stuck)
+                left |= {str(each["Names"]): each["State"] == "running" for each in found if each not in stuck}
             if not left or time.monotonic() > deadline:
                 return left
             await asyncio.sleep(0.5)
@@ -399,6 +415,7 @@ class Soak:
             ["and was ready again after, s: median, longest", spread(self.starts)],
             ["the engine", counted(deeds)],
             ["runners that it forgot when it was killed", self.forgotten],
+            ["dead containers that it tries to remove, and cannot", self.given_up],
             *([kind, self.verdict.faults[kind]] for kind in kinds),
         ]
         report.table(["soak", ""], rows)
@@ -468,6 +485,12 @@ def sizes(directory: Path) -> dict[str, int]:
             with contextlib.suppress(FileNotFoundError):
                 found[f"{path}/{name}"] = Path(path, name).stat().st_blocks * 512
     return found
+
+
+def on_record(state: Path) -> set[str]:
+    """Give the ids of all runners that a service knows."""
+    with contextlib.closing(sqlite3.connect(f"file:{state / 'runners.db'}?mode=ro", uri=True)) as database:
+        return {runner_id for (runner_id,) in database.execute("SELECT runner_id FROM runners")}
 
 
 def counted(counter: Counter[str]) -> str:
