@@ -65,7 +65,7 @@ def create_app(
             name = await _installation(settings, store)
             ours = functools.partial(open_launcher, state_dir=settings.state_dir, installation=name)
             where = settings.public_url or url or f"http://{settings.listen}"
-            ownership = Ownership(store, node=settings.node, url=where, now=now)
+            ownership = Ownership(store, node=settings.node, url=settings.replica_url or where, now=now)
             if tracing:
                 feed.listen(lambda change: tracing.changed(change, ours=ownership.acts_on(change.runner)))
             service: RunnerService

@@ -68,8 +68,9 @@ class Ownership:
             await asyncio.gather(self._claiming, return_exceptions=True)
             self._leases.clear()
             try:
-                await self._store.release(RELEASED)
-            except Unavailable as error:
+                async with asyncio.timeout(LEASE_SECONDS):
+                    await self._store.release(RELEASED)
+            except (Unavailable, TimeoutError) as error:
                 log.warning("the leases run out by themselves: %s", error)
 
     def on_gain(self, listener: Callable[[str], None]) -> None:
@@ -91,6 +92,10 @@ class Ownership:
     def served(self, runner: Runner) -> bool:
         """Whether some replica acts on a runner, as far as this one heard at its last claim."""
         return not self._store.shared or _key(runner) in self._held
+
+    def lives(self, node: str) -> bool:
+        """Whether a node's replica is alive, as far as this one heard at its last claim."""
+        return _node_key(node) in self._held
 
     def key_of(self, engine: str) -> str:
         """Give the key under which an engine of this replica is owned."""

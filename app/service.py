@@ -220,7 +220,9 @@ class RunnerService:
         return pool
 
     async def _send_to(self, node: str, why: str) -> NoReturn:
-        """Raise Misdirected, with where the replica of a node is reached."""
+        """Raise Misdirected, with where the replica of a node is reached, unless it is away."""
+        if not self._ownership.lives(node):
+            raise Misdirected(f"{why}, which is away", None)
         raise Misdirected(why, await self._store.url_of(node))
 
     async def _place(self, slot: Slot, pool: Pool) -> str | None:
@@ -228,7 +230,9 @@ class RunnerService:
         if not pool.works_in_slot:
             return None
         path, roots = slot.slot_path, self._settings.slot_roots
-        return await _looked(path, lambda: real_place(path, roots)) if pool.enters_slot else named_place(path, roots)
+        if not pool.enters_slot:
+            return named_place(path, roots)
+        return await _looked(path, lambda: real_place(path, roots, self._settings.state_dir))
 
     def _prepare(self, request: LaunchRequest, pool: Pool, place: str | None, traceparent: str) -> tuple[Runner, LaunchSpec]:
         """Make a runner of a request, as it starts if there is room, and how to launch it."""

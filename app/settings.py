@@ -92,6 +92,7 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = "text"
     max_connections: Annotated[int, Field(ge=1)] = 8192
     public_url: WebAddress | None = None
+    replica_url: WebAddress | None = None
     node: str = Field(default_factory=socket.gethostname)
     retention_days: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, _OrOff] = 30
     retention_records: Annotated[Annotated[int, Field(ge=0)] | None, _OrOff] = 1_000_000

@@ -74,8 +74,11 @@ async def look_at(path: str, see: Callable[[], T], undo: Callable[[T], None] | N
         raise
 
 
-def real_place(slot_path: str, roots: Sequence[Path]) -> str:
-    """Give the real path of a slot. Raises InvalidRequest unless it is a directory under one of the roots. Blocks."""
+def real_place(slot_path: str, roots: Sequence[Path], state_dir: Path) -> str:
+    """Give the real path of a slot. Raises InvalidRequest unless it is a directory under one of the roots. Blocks.
+
+    What the service keeps is in no slot, wherever the roots are: whoever may launch may write there.
+    """
     if not roots:
         raise _refused("no slot may be entered: RUNNER_LAUNCHER_SLOT_ROOTS is empty", "slot-outside-roots")
     try:
@@ -86,6 +89,9 @@ def real_place(slot_path: str, roots: Sequence[Path]) -> str:
     if not any(real.is_relative_to(root) for root in chain(roots, map(Path.resolve, roots))):
         leads = any(Path(slot_path).is_relative_to(root) for root in roots) and str(real) != slot_path
         raise _refused(f"{slot_path}{f', which leads to {real},' if leads else ''} {_OUTSIDE}", "slot-outside-roots")
+    kept = state_dir.resolve()
+    if real.is_relative_to(kept) or kept.is_relative_to(real):
+        raise _refused(f"{slot_path} is, is in or holds the state directory of the service", "slot-outside-roots")
     try:
         is_directory = stat.S_ISDIR(real.stat().st_mode)
     except FileNotFoundError:

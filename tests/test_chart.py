@@ -1,5 +1,6 @@
 """The chart in deploy/helm, as golden files: ``UPDATE_GOLDEN=1`` writes them anew, to be reviewed as a diff."""
 
+import base64
 import os
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,8 @@ def test_its_role_is_the_smallest_that_works() -> None:
 @pytest.mark.parametrize("name", VALUES)
 def test_the_service_takes_its_settings_and_pools(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = rendered(VALUES[name])
-    for file, text in one("Secret", documents)["stringData"].items():
-        (tmp_path / file).write_text(text)
+    for file, text in one("Secret", documents)["data"].items():
+        (tmp_path / file).write_bytes(base64.b64decode(text))
     pools = tmp_path / "pools.yaml"
     pools.write_text(pools.read_text().replace("/secret/kubeconfig", str(tmp_path / "kubeconfig")))
     (tmp_path / "kubeconfig").write_text("{}")
@@ -112,7 +113,7 @@ def test_the_service_takes_its_settings_and_pools(name: str, tmp_path: Path, mon
     told = {variable["name"]: variable.get("value", "postgresql://") for variable in container["env"]}
     assert {key.removeprefix(PREFIX).lower() for key in told if key.startswith(PREFIX)} <= set(Settings.model_fields)
     for key, value in told.items():
-        monkeypatch.setenv(key, value)
+        monkeypatch.setenv(key, value.replace("$(POD_IP)", "10.0.0.7"))
     settings = Settings()
     assert settings.port == container["ports"][0]["containerPort"]
     assert settings.pools_file == Path("/etc/runner-launcher/pools.yaml")

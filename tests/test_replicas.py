@@ -374,3 +374,25 @@ def test_a_partition_between_a_replica_and_the_database_loses_and_doubles_nothin
 @pytest.mark.slow
 def test_replicas_on_nodes_of_their_own_freeze_and_are_cut_off_alone(postgres: str) -> None:
     befallen(postgres, "local-process", "frozen at launch-called", "held", "cut off", "frozen")
+
+
+async def test_a_421_leads_to_the_replica_itself_while_it_lives(postgres: str, tmp_path: Path, slot: Path) -> None:
+    shared = {"PUBLIC_URL": "http://balancer.example:8080"}
+    own = shared | {"REPLICA_URL": "http://replica-a.example:8080"}
+    async with replica(tmp_path, postgres, "b", more=shared) as b, b.client() as at_b:
+        async with replica(tmp_path, postgres, "a", more=own) as a, a.client() as at_a:
+            runner = await launched(at_a, launch_body(slot, "echo hello"))
+            path = f"/runners/{runner['runner_id']}/logs"
+            await finished(at_a, runner)
+
+            async def led() -> bool:
+                answer = await at_b.get(path)
+                return answer.status_code == 421 and answer.headers.get("location") == f"{own['REPLICA_URL']}{path}"
+
+            await until(led)
+
+        async def away() -> bool:
+            answer = await at_b.get(path)
+            return answer.status_code == 421 and "location" not in answer.headers and "which is away" in answer.text
+
+        await until(away)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import Serve, finished, launch_body, launched, problem, until
+from conftest import Serve, Service, finished, launch_body, launched, problem, until
 from engines import missing
 from launcher_contract import new_id
 
@@ -149,3 +149,12 @@ async def test_what_a_late_look_has_opened_is_closed(monkeypatch: pytest.MonkeyP
     await until(lambda: undone == ["opened"])
     assert await look_at("/slots/a", see, undone.append) == "opened"
     assert undone == ["opened"]
+
+
+async def test_what_the_service_keeps_is_no_slot(service: Service, state_dir: Path, tmp_path: Path) -> None:
+    async with service(slot_roots=(tmp_path,)) as client:
+        for place in (state_dir, state_dir / "runners", tmp_path):
+            body = launch_body(tmp_path / "slots" / "slot-1")
+            body["slot"]["slot_path"] = str(place)
+            answer = await client.post("/runners", json=body)
+            problem(answer, 422, "slot-outside-roots", "/slot/slot_path", words="the state directory of the service")
