@@ -82,6 +82,7 @@ class Database:
             self._url = sa.make_url(url)
         except ArgumentError:  # whose text may hold a password
             raise ConfigurationError("RUNNER_LAUNCHER_DATABASE_URL: not a database URL, such as sqlite:////PATH") from None
+        self._shown = repr(self._url.difference_update_query(("password", "sslpassword")))
         self.shared = self._url.get_backend_name() == "postgresql"  # with other services
         self._writes: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, name="store writer", daemon=True)
@@ -101,9 +102,9 @@ class Database:
             except (OSError, DBAPIError) as error:
                 reason = error.orig if isinstance(error, DBAPIError) else error
                 if not self.shared or not postgres.passes(error):
-                    text = f"RUNNER_LAUNCHER_DATABASE_URL: {self._url!r} cannot be used: {reason}"
+                    text = f"RUNNER_LAUNCHER_DATABASE_URL: {self._shown} cannot be used: {reason}"
                     raise ConfigurationError(text) from error
-                log.warning("waiting for the database %r: %s", self._url, reason)
+                log.warning("waiting for the database %s: %s", self._shown, reason)
                 await asyncio.sleep(START_SECONDS)
             else:
                 break
@@ -123,7 +124,7 @@ class Database:
     def _open_own(self) -> None:
         path = self._url.database
         if self._url.get_backend_name() != "sqlite" or not path or path == ":memory:":
-            text = f"only sqlite:///PATH and postgresql://HOST/NAME are understood, not {self._url!r}"
+            text = f"only sqlite:///PATH and postgresql://HOST/NAME are understood, not {self._shown}"
             raise ConfigurationError(f"RUNNER_LAUNCHER_DATABASE_URL: {text}")
         Path(path).touch(mode=0o600)
         self._write_engine = _sqlite(self._url, readers=0)
@@ -165,7 +166,11 @@ class Database:
             return read()  # the server was restarted since this connection was last used
 
         try:
-            return await self._loop.run_in_executor(self._readers, read_again if self.shared else read)
+            async with asyncio.timeout(PATIENCE_SECONDS if self.shared else None):
+                return await self._loop.run_in_executor(self._readers, read_again if self.shared else read)
+        except TimeoutError:
+            text = f"the store does not answer within {PATIENCE_SECONDS:g} s"
+            raise Unavailable(text, code="store-unavailable") from None
         except DBAPIError as error:
             if _unfit(error):
                 raise InvalidRequest(f"this cannot be looked for: {error.orig}") from error
@@ -174,7 +179,8 @@ class Database:
     async def write(self, write: Write[T], touch: Callable[[], None] | None = None, *, fence: Fence | None = None) -> T:
         """Write something under a lease; once it is committed ``touch`` is called.
 
-        Raises Unavailable, NotOwner where the lease is somebody else's, and what the write raises.
+        Raises Unavailable, NotOwner where the lease is somebody else's, InvalidRequest for what no column can hold, and what
+        the write raises.
         """
         if self._closed:
             raise Unavailable("the store is closed", code="store-unavailable")
@@ -327,7 +333,8 @@ class Database:
 
 def _unfit(error: DBAPIError) -> bool:
     """Whether a statement was refused for what it holds: a zero byte, or a text too long for an index of PostgreSQL's."""
-    return isinstance(error, DataError) or (getattr(error.orig, "sqlstate", None) or "").startswith("54")
+    at_index = getattr(getattr(error.orig, "diag", None), "source_function", None) or ""
+    return isinstance(error, DataError) or at_index.startswith(("_bt_", "index_"))
 
 
 @dataclass(slots=True, eq=False)

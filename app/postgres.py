@@ -60,7 +60,7 @@ def open_engine(url: sa.URL, connections: int, *, writes: bool) -> Engine:
         isolation_level="READ COMMITTED" if writes else "AUTOCOMMIT",
         connect_args={
             "connect_timeout": 5,
-            "target_session_attrs": "read-write" if writes else "any",  # after a failover: not one that was demoted
+            "target_session_attrs": "read-write" if writes else "primary",  # after a failover: not one that was demoted
             "keepalives_idle": 5,  # a database that went silent is given up after some ten seconds
             "keepalives_interval": 2,
             "keepalives_count": 3,

@@ -602,22 +602,26 @@ def _outdated(
     after: int,
     limit: int,
 ) -> tuple[list[str], int | None]:
-    newest_first = sa.select(runners.c.seq).order_by(runners.c.created_at.desc()).limit(1)  # an index that holds just this
-    by_number = by_age = 0  # up to which place a bound can reach
-    if keep is not None:
-        by_number = connection.execute(newest_first.offset(keep)).scalar() or 0
+    newest_first = sa.select(runners.c.seq, runners.c.created_at).order_by(runners.c.created_at.desc()).limit(1)
+    by_number = None if keep is None else connection.execute(newest_first.offset(keep)).first()
+    by_age = None
     if ended_before is not None:  # it was launched before it ended
-        by_age = connection.execute(newest_first.where(runners.c.created_at < ended_before)).scalar() or 0
-    query = _whole().add_columns(runners.c.seq).where(runners.c.phase == Phase.FINISHED, runners.c.cleaned)
-    query = query.where(runners.c.seq > after, runners.c.seq <= max(by_number, by_age))
+        by_age = connection.execute(newest_first.where(runners.c.created_at < ended_before)).first()
+    # Up to which place a bound can reach; who was adopted came later than those launched after it.
+    reach = max(bound.seq for bound in (by_number, by_age) if bound) if by_number or by_age else 0
+    told_at = events.c.at.label("told_at")  # an end may be told long after it came
+    query = _whole().add_columns(runners.c.seq, told_at).join(events, events.c.revision == runners.c.revision)
+    query = query.where(runners.c.phase == Phase.FINISHED, runners.c.cleaned)
+    query = query.where(runners.c.seq > after, runners.c.seq <= reach)
     if told is not None:
         query = query.where(runners.c.revision <= told)
     rows = connection.execute(query.order_by(runners.c.seq).limit(limit)).all()
     found = []
     for row in rows:
         runner = _load(row)
-        ended_at = runner.finished_at or runner.created_at
-        if (row.seq <= by_number and ended_at < fresh) or (ended_before is not None and ended_at < ended_before):
+        too_many = by_number is not None and runner.created_at <= by_number.created_at and row.told_at < fresh
+        too_old = ended_before is not None and row.told_at < ended_before
+        if too_many or too_old:
             found.append(runner.runner_id)
     return found, rows[-1].seq if len(rows) == limit else None
 

@@ -46,12 +46,16 @@ def _made(server: str, what: str, how_dropped: str) -> Iterator[str]:
 
 
 class Proxy:
-    """Stands between clients and the server: may cut them off, or lose what is said around a commit."""
+    """Stands between clients and the server: may cut or hold them, or lose what is said around a commit."""
 
     def __init__(self) -> None:
         self.lose: Literal["", "commit", "answer"] = ""
         self.lost = 0
         self._away = False
+        self.flows = asyncio.Event()
+        """While it is not set nothing comes through, and nobody is told."""
+
+        self.flows.set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._open: set[asyncio.StreamWriter] = set()
 
@@ -90,6 +94,7 @@ class Proxy:
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, watch: bool = False) -> None:
         while data := await reader.read(65536):
+            await self.flows.wait()
             if watch and self.lose and b"COMMIT" in data:
                 self.lost += 1
                 if self.lose == "answer":

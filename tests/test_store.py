@@ -1089,6 +1089,25 @@ async def test_the_newest_are_kept_and_whoever_ended_just_now(store: Store) -> N
     assert await outdated(None, 0, told=second.revision) == ids[:2]
 
 
+async def test_who_was_adopted_sends_nobody_away(store: Store) -> None:
+    """One that ran all the time is found again, after others that were launched later."""
+    for number in range(1, 6):
+        await leave(store, await add(store, number, created_at=float(number)), at=10.0)
+    await store.adopt(make(9, created_at=0.5), T)
+    assert await store.outdated(None, 5, fresh=1000.0, told=None, after=0, limit=10) == ([], None)
+    found, _ = await store.outdated(None, 4, fresh=1000.0, told=None, after=0, limit=10)
+    assert found == [make(1).runner_id]
+
+
+async def test_an_end_that_was_told_late_is_kept_from_then_on(store: Store) -> None:
+    runner = await add(store, created_at=1.0)
+    assert await store.change(runner, finished(runner, Reason.LOST, "gone", 2.0), "finished", 100.0)
+    await store.forget_spec(runner.runner_id)
+    for ended_before, keep, fresh in ((50.0, None, 0.0), (None, 0, 50.0)):
+        assert await store.outdated(ended_before, keep, fresh=fresh, told=None, after=0, limit=10) == ([], None)
+    assert (await store.outdated(101.0, None, fresh=0.0, told=None, after=0, limit=10))[0] == [runner.runner_id]
+
+
 async def test_only_what_ended_and_is_cleaned_up_is_forgotten(store: Store) -> None:
     live, unclean, done = [await add(store, number) for number in (1, 2, 3)]
     for runner in (unclean, done):

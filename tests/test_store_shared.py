@@ -157,3 +157,17 @@ async def test_what_no_index_can_hold_is_refused_alone(postgres: str) -> None:
         answers = await asyncio.gather(*map(store.intend, wishes), return_exceptions=True)
         assert [number for number, answer in enumerate(answers) if isinstance(answer, BaseException)] == [7]
         assert isinstance(answers[7], InvalidRequest)
+
+
+async def test_a_server_that_says_nothing_is_told_as_one_that_is_away(
+    postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.database.PATIENCE_SECONDS", 1.0)
+    proxy = Proxy()
+    async with proxy.serving(postgres) as url, opened(url) as store:
+        runner, _ = await store.intend(intent(make()))
+        proxy.flows.clear()
+        with pytest.raises(Unavailable, match="does not answer within 1 s"):
+            await store.usage()
+        proxy.flows.set()
+        assert await store.get(runner.runner_id) == runner
