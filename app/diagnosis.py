@@ -128,8 +128,8 @@ def _ended(runner: Runner, log: Sequence[str]) -> tuple[str, str]:  # a flat lis
             return f"somebody asked for its end: {runner.message or 'it does not say who'}", "nothing, if that was meant"
         case Reason.DEADLINE_EXCEEDED:
             return (
-                f"it ran longer than {config} allows, {_seconds(policy.run_timeout_seconds)} (run_timeout_seconds)",
-                "see in its log whether it hung or was just slow; raise the limit, or make the task smaller",
+                f"it was not done {_seconds(policy.run_timeout_seconds)} after its start (run_timeout_seconds of {config})",
+                "see in message and log whether it waited, hung or was slow; raise the limit, or make the task smaller",
             )
         case Reason.HEARTBEAT_LOST:
             return (

@@ -578,8 +578,7 @@ class Reconciler:
                 case Launch():
                     runner, seen = await self._launch(runner, watch), None
                 case Order(grace=grace):
-                    self._ordered.add(runner.runner_id)
-                    await (await self.launcher(runner.engine)).stop(_handle(runner), grace)
+                    await self._order(runner, grace)
                     if grace <= 0:
                         return KILL_AGAIN_SECONDS
                     runner, seen = await self._write(runner, stop_sent(runner, self._now()), "stop_sent"), None
@@ -600,6 +599,17 @@ class Reconciler:
     async def _write(self, old: Runner, new: Runner, event: str, **data: JsonValue) -> Runner | None:
         """Write a change; None if somebody else was first, and then everything is to be decided anew."""
         return await self._store.change(old, new, event, self._now(), data, fence=self._ownership.fence(old))
+
+    async def _order(self, runner: Runner, grace: float) -> None:
+        """Give an order to end a runner, and note that it may have gone out."""
+        launcher, before = await self.launcher(runner.engine), runner.runner_id in self._ordered
+        self._ordered.add(runner.runner_id)
+        try:
+            await launcher.stop(_handle(runner), grace)
+        except LauncherUnavailable as error:
+            if not (error.acted or before):
+                self._ordered.discard(runner.runner_id)
+            raise
 
     def _unordered(self, runner: Runner, seen: Observation) -> Observation:
         """Say of an end of which the engine tells the time alone that it came of itself, where no stop has gone out yet.

@@ -331,9 +331,7 @@ def _overdue(runner: Runner, seen: Starting | Running, now: float, since: float)
         text = f"not running {policy.launch_timeout_seconds:g} s after it was asked for{problem}"
         deadlines.append((runner.launch_deadline, Reason.LAUNCH_TIMEOUT, text))
     if runner.run_deadline is not None:
-        text = f"ran longer than {policy.run_timeout_seconds:g} s"
-        if isinstance(seen, Starting):  # what an engine took may wait there for long
-            text = f"its {policy.run_timeout_seconds:g} s were over before it ran{problem}"
+        text = f"not done {policy.run_timeout_seconds:g} s after it was started{problem}"
         deadlines.append((runner.run_deadline, Reason.DEADLINE_EXCEEDED, text))
     heartbeat = runner.heartbeat_deadline(now, since)
     if heartbeat is not None:

@@ -109,6 +109,13 @@ async def test_a_launch_comes_from_options_or_standard_input_and_options_win(ser
     assert (plain.json["task_id"], plain.json["slot_id"]) == ("8", place.name)
 
 
+async def test_a_slot_without_a_name_is_none_and_not_where_one_is(server: Served, place: Path) -> None:
+    for given in ((), ("-",)):
+        body = json.dumps(launch_body(place))
+        ended = await at(server).run("launch", *given, "--task-id", "8", "--slot-path", "", "--pool", "local", given=body)
+        assert (ended.code, "say what to launch" in ended.err) == (USAGE, True)
+
+
 @pytest.mark.parametrize(("script", "code", "words"), [("exit 0", OK, "completed"), ("exit 3", FAILED, "exit_nonzero")])
 async def test_a_launch_that_is_waited_for_ends_as_its_runner_does(
     server: Served, place: Path, script: str, code: int, words: str

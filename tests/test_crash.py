@@ -70,7 +70,7 @@ def test_a_soak_of_half_a_minute_loses_nothing_and_tells_what_each_figure_does(t
     assert "SIGKILL" in done.stdout or "SIGTERM" in done.stdout
     figures = json.loads(file.read_text())["figures"]
     assert not figures["faults"]
-    assert {"memory of its own, MiB", "file descriptors", "tasks", "state directory, files"} <= figures["slopes"].keys()
+    assert {"memory of its own, MiB", "file descriptors", "tasks", "kept logs without a record"} <= figures["slopes"].keys()
     assert figures["slopes"]["tasks"]["level"] > 1
 
 

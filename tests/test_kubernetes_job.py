@@ -343,7 +343,8 @@ def test_a_workspace_is_cloned_at_its_branch(tmp_path: Path, branch: str, conten
 def test_what_a_template_leaves_empty_is_no_choice(tmp_path: Path) -> None:
     empty = "{securityContext: , automountServiceAccountToken: , containers: [{name: runner, securityContext: }]}"
     half = "{securityContext: {seccompProfile: }, containers: [{name: runner, securityContext: {capabilities: }}]}"
-    for spec in (empty, half):
+    deep = half.replace("seccompProfile: ", "seccompProfile: {type: }").replace("capabilities: ", "capabilities: {drop: }")
+    for spec in (empty, half, deep):
         template = f"{{kind: Job, spec: {{template: {{spec: {spec}}}}}}}"
         assert made(tmp_path, {"job_template": template}).job == made(tmp_path, {}).job
 

@@ -603,7 +603,7 @@ async def test_a_runner_that_runs_too_long_is_ended(house: House) -> None:
     await house.advance(5)
     runner = await house.get(name)
     assert (runner.reason, runner.signal, runner.retryable) == (Reason.DEADLINE_EXCEEDED, "SIGKILL", False)
-    assert runner.message == "ran longer than 60 s"
+    assert runner.message == "not done 60 s after it was started"
 
 
 @simulated

@@ -330,11 +330,11 @@ def test_the_nearest_deadline_is_waited_for_and_the_earliest_missed_names_the_re
     assert told(decide(runner, seen, now, T)) == step
 
 
-def test_a_time_that_was_over_before_a_runner_ran_is_told_as_that() -> None:
+def test_what_held_a_runner_up_until_its_time_was_over_is_told() -> None:
     step = decide(yes(policy=Policy(run_timeout_seconds=60)), Starting("no node has room"), T + 61, T)
     assert isinstance(step, Become)
     assert step.runner.stop
-    assert step.runner.stop.message == "its 60 s were over before it ran: no node has room"
+    assert step.runner.stop.message == "not done 60 s after it was started: no node has room"
 
 
 @pytest.mark.parametrize(("since", "step"), [(T, "stopping stopping heartbeat_lost"), (T + 35, "wait 55")])
@@ -364,7 +364,7 @@ def test_a_finished_runner_is_only_ever_cleaned_up_once() -> None:
 # The truth of an end.
 
 NEVER = None
-OURS = Stop(reason=Reason.DEADLINE_EXCEEDED, message="ran longer than 60 s", at=T + 61, grace_seconds=10)
+OURS = Stop(reason=Reason.DEADLINE_EXCEEDED, message="not done 60 s after it was started", at=T + 61, grace_seconds=10)
 
 
 @pytest.mark.parametrize(

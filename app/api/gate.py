@@ -2,7 +2,8 @@
 
 Host and Origin are checked because a page that a browser shows must not be able to talk to a service on this machine, be it
 by a name that suddenly means 127.0.0.1. An address in digits cannot be made to mean another, so the service answers to it; a
-page that comes from an address may call if it is this one, or this machine's.
+page that comes from an address may call if it is this one, or this machine's. Heartbeats come by any name: that of a pool,
+and with a runner's own token, which is in no page.
 """
 
 import functools
@@ -125,9 +126,7 @@ class Gate:
         if len(headers) > len(set(headers)):  # seldom, and mostly harmless
             _check_doubles(headers)
         beats = HEARTBEAT.fullmatch(scope["path"]) is not None
-        self._check_names(
-            headers, any_host=beats
-        )  # a runner calls by its pool's `public_url`, with a token that no page has
+        self._check_names(headers, any_host=beats)
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > MAX_BODY_BYTES:
             raise ContextTooLarge(f"the body is {length} bytes long, and {MAX_BODY_BYTES} is the most", code="too-large")

@@ -247,8 +247,8 @@ async def logs(
 ) -> StreamingResponse:
     runner = await service.get(runner_id, who)
     output = await service.logs(runner, tail=tail, since=since.timestamp() if since else None, follow=follow)
-    output = streams.while_good(request, output)
     if follow:
+        output = streams.while_good(request, output)
         output = _with_ending(output, lambda: streams.parting(request, lambda: _ending(service, runner)))
     return streams.text(output)
 

@@ -43,11 +43,7 @@ def is_wanted(request: Request) -> bool:
 
 def told(request: Request, lines: Lines, place: int, farewell: Farewell) -> StreamingResponse:
     """Answer with events as they come, in the form that the client asks for."""
-    lines = while_good(request, lines)
-
-    async def last_words() -> str:
-        return await parting(request, farewell)
-
+    lines, last_words = while_good(request, lines), functools.partial(parting, request, farewell)
     if is_wanted(request):  # and nothing on the way may keep them back
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "Vary": "Accept"}
         return EventSourceResponse(_frames(lines, place, last_words), headers=headers)

@@ -356,16 +356,13 @@ def _merged(template: Json, ours: Json) -> Json:
 
 def _keep_choices(given: Mapping[str, Any], merged: Json) -> None:
     for key in _FROM_TEMPLATE:
-        match given.get(key):
-            case None:  # written and left empty is no choice
-                pass
-            case dict(chosen):
-                merged[key] = _over(merged[key], {name: value for name, value in chosen.items() if value is not None})
-            case chosen:
-                merged[key] = chosen
+        if given.get(key) is not None:
+            merged[key] = _over(merged[key], given[key])
 
 
 def _over(base: Any, top: Any, key: str = "") -> Any:  # noqa: ANN401 - any JSON
+    if top is None:  # written and left empty is no choice
+        return base
     if isinstance(base, dict) and isinstance(top, dict):
         return {**base, **{name: _over(base[name], value, name) if name in base else value for name, value in top.items()}}
     if isinstance(base, list) and isinstance(top, list) and key in _KEYS:

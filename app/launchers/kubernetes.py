@@ -42,7 +42,7 @@ from app.launchers import job as jobs
 from app.launchers import pod as pods
 from app.launchers.cluster import TOLD, Cluster, Json, Refused
 from app.launchers.pod import Conclude, Held, Job, Pod, Warned, Withdraw
-from app.launchers.pod_log import CUT_OFF, KEPT_TOGETHER, LOST, KeptLog, LogReader, from_its_start, parse
+from app.launchers.pod_log import CUT_OFF, LOST, KeptLog, LogReader, Room, from_its_start, parse
 from app.launchers.reflector import PAGE, Reflector
 from app.reason import Reason
 
@@ -103,6 +103,7 @@ class KubernetesLauncher:
         self._last: dict[str, Pod] = {}
         self._fates: dict[str, Mapping[str, Sequence[Warned]]] = {}
         self._kept: dict[str, KeptLog] = {}
+        self._room = Room()
         self._held: dict[str, tuple[str, float]] = {}
         self._signalled: set[str] = set()
         self._beside: set[asyncio.Task[None]] = set()
@@ -631,7 +632,7 @@ class KubernetesLauncher:
         """Read the log of a pod that is going, from now on to its end; once for each runner."""
         kept = self._kept.get(pod.runner_id)
         if kept is None:
-            kept = self._kept[pod.runner_id] = KeptLog(lambda: KEPT_TOGETHER // max(1, len(self._kept)))
+            kept = self._kept[pod.runner_id] = KeptLog(self._room)
             self._do_beside(self._keep(pod, kept), f"keep the log of {pod.name}")
         return kept
 
@@ -696,7 +697,9 @@ class KubernetesLauncher:
         last = self._last.get(pod.runner_id, pod)
         first = last.uid == pod.uid or not last.started
         if job and first and not job.keeps_one_pod and job.first_pod is None and job.uid == pod.job:
-            self._do_beside(self._claim(job, pod), f"claim {pod.name}")
+            name = f"claim {pod.name}"
+            if all(task.get_name() != name for task in self._beside):  # else it is on its way
+                self._do_beside(self._claim(job, pod), name)
 
     def _keep_log_if_ours(self, pod: Pod) -> None:
         """Keep the log of a pod that somebody deletes, unless its Job goes too, or it is not the runner."""

@@ -7,7 +7,7 @@ time of the last of them, which shows whether the count still fits; where it doe
 import asyncio
 import re
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -179,14 +179,21 @@ async def from_its_start(lines: AsyncIterator[LogLine], started_at: float) -> As
         yield line
 
 
+@dataclass(slots=True)
+class Room:
+    """The room that all kept logs have together, in bytes."""
+
+    taken: int = 0
+
+
 class KeptLog:
-    """The log of a pod that is going: as many of its newest lines as there is room for, its share at most.
+    """The log of a pod that is going: as many of its newest lines as there is room for.
 
     ``begun`` is set once it is being read, ``whole`` when nothing more comes.
     """
 
-    def __init__(self, share: Callable[[], int]) -> None:
-        self._share = share
+    def __init__(self, room: Room) -> None:
+        self._room = room
         self.begun, self.whole = asyncio.Event(), asyncio.Event()
         self.stopped = False
         self._lines: deque[LogLine] = deque()
@@ -197,15 +204,21 @@ class KeptLog:
         """Nobody will read this any more."""
         self.stopped = True
         self._lines.clear()
+        self._take(-self._bytes)
 
     def add(self, line: LogLine) -> None:
         """Keep one more line."""
+        if self.stopped:
+            return
         self._lines.append(line)
-        self._bytes += LINE_BYTES + len(line.text)
-        room = min(KEPT_BYTES, self._share())
-        while self._bytes > room and len(self._lines) > 1:
-            self._bytes -= LINE_BYTES + len(self._lines.popleft().text)
+        self._take(LINE_BYTES + len(line.text))
+        while (self._bytes > KEPT_BYTES or self._room.taken > KEPT_TOGETHER) and len(self._lines) > 1:
+            self._take(-LINE_BYTES - len(self._lines.popleft().text))
             self._dropped = True
+
+    def _take(self, size: int) -> None:
+        self._bytes += size
+        self._room.taken += size
 
     def after(self, cursor: str | None) -> Sequence[LogLine]:
         """Give the lines behind a cursor, a word of what is missing before them included."""

@@ -204,7 +204,7 @@ class Reflector(Generic[T]):
             if time.monotonic() - opened < LASTING_SECONDS:
                 raise
             self._trouble = error  # until the next one is open
-            if self._bookmarked and time.monotonic() - heard >= SILENCE_SECONDS:
+            if self._bookmarked and time.monotonic() - heard > SILENCE_SECONDS - LASTING_SECONDS:
                 self._version = None
             log.debug("%s: a watch ended: %s", self._path, error)
 

@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 MAX_PAGE = 500
 SILENCE_SECONDS = 60.0
-"""How long an event stream may be silent; the service sends a sign of life more often."""
+"""How long an answer or an event stream may be silent; the service sends a sign of life more often."""
 
 
 class RunnerLauncherClient:
