@@ -537,7 +537,8 @@ def judge_one(
     if starts == 0 and not launch.stop:
         verdict.fault("lost", f"{name}: never started, and on record as {told}")
         return
-    right = ("completed", 0, None) if launch.code == 0 else ("failed", launch.code, "exit_nonzero")
+    code = end[1] if end else launch.code
+    right = ("completed", 0, None) if code == 0 else ("failed", code, "exit_nonzero")
     if end is None or told != right:
         verdict.fault("false end", f"{name}: wrote {end}, and is on record as {told}: {record['message']}")
 
