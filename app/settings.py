@@ -47,6 +47,13 @@ def _web_address(url: str) -> str:
     return url.rstrip("/")
 
 
+def _bracketed(url: str) -> str:
+    """Put an IPv6 address in brackets: where a pod's own is put into a URL, it comes without."""
+    scheme, _, place = url.partition("://")
+    host, _, port = place.rpartition(":")
+    return f"{scheme}://[{host}]:{port}" if ":" in host and "[" not in host else url
+
+
 def _address(listen: str) -> tuple[str, int]:
     host, colon, port = listen.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
@@ -92,7 +99,7 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = "text"
     max_connections: Annotated[int, Field(ge=1)] = 8192
     public_url: WebAddress | None = None
-    replica_url: WebAddress | None = None
+    replica_url: Annotated[WebAddress, BeforeValidator(_bracketed)] | None = None
     node: str = Field(default_factory=socket.gethostname)
     retention_days: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, _OrOff] = 30
     retention_records: Annotated[Annotated[int, Field(ge=0)] | None, _OrOff] = 1_000_000

@@ -608,7 +608,7 @@ def _outdated(
     if ended_before is not None:  # it was launched before it ended
         by_age = connection.execute(newest_first.where(runners.c.created_at < ended_before)).first()
     # Up to which place a bound can reach; who was adopted came later than those launched after it.
-    reach = max(bound.seq for bound in (by_number, by_age) if bound) if by_number or by_age else 0
+    reach = max((bound.seq for bound in (by_number, by_age) if bound), default=0)
     told_at = events.c.at.label("told_at")  # an end may be told long after it came
     query = _whole().add_columns(runners.c.seq, told_at).join(events, events.c.revision == runners.c.revision)
     query = query.where(runners.c.phase == Phase.FINISHED, runners.c.cleaned)

@@ -148,3 +148,17 @@ def test_what_kubernetes_injects_for_a_service_of_our_name_is_no_setting_and_no_
     say(SERVICE_HOST="10.0.0.1", SERVICE_PORT="8080", PORT="tcp://10.0.0.1:8080", PORT_8080_TCP_ADDR="10.0.0.1")
     assert load_settings().port == 8080
     assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("http://10.0.0.7:8080", "http://10.0.0.7:8080"),
+        ("http://fd00::7:8080", "http://[fd00::7]:8080"),  # as a pod's address comes
+        ("http://[fd00::7]:8080/", "http://[fd00::7]:8080"),
+        ("https://replica-1.example", "https://replica-1.example"),
+    ],
+)
+def test_a_replica_has_an_address_of_its_own(monkeypatch: pytest.MonkeyPatch, given: str, url: str) -> None:
+    monkeypatch.setenv("RUNNER_LAUNCHER_REPLICA_URL", given)
+    assert load_settings().replica_url == url
