@@ -487,9 +487,9 @@ class _Hook:
         return random.uniform(0, min(longest, first * 2 ** min(attempts - 1, 30)))  # noqa: S311 - full jitter
 
     async def _in_turn(self, event_id: str, body: bytes) -> "Answer":
-        time = asyncio.get_running_loop().time
+        now = asyncio.get_running_loop().time
         async with self._sends:
-            while (pause := self._paused_until - time()) > 0:  # noqa: ASYNC110 - which another answer may make longer
+            while (pause := self._paused_until - now()) > 0:  # noqa: ASYNC110 - which another answer may make longer
                 await asyncio.sleep(pause)
             if self._ownership.fence_of(KEY) != self._fence:
                 raise NotOwner(f"the lease of {KEY} is another one now")

@@ -170,9 +170,8 @@ def test_what_a_kubelet_complains_of_is_no_line_of_the_log() -> None:
     assert [line.text for line in lines] == [b"bye"]
 
 
-def test_a_kept_log_is_resumed_behind_any_line_and_tells_what_it_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.launchers.pod_log.KEPT_BYTES", 3 * (len("line 0") + LINE_BYTES))
-    kept = KeptLog(Room())
+def test_a_kept_log_is_resumed_behind_any_line_and_tells_what_it_dropped() -> None:
+    kept = KeptLog(Room(), most=3 * (len("line 0") + LINE_BYTES))
     lines = list(LogReader(None).feed(b"".join(b"2024-01-01T00:00:0%d.5Z line %d\n" % (n, n) for n in range(5))))
     for line in lines[:3]:
         kept.add(line)
@@ -185,15 +184,14 @@ def test_a_kept_log_is_resumed_behind_any_line_and_tells_what_it_dropped(monkeyp
     assert [line.text for line in kept.after(lines[2].cursor)] == [b"line 3", b"line 4"]
 
 
-def test_kept_logs_take_no_more_than_they_may_together_and_give_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_logs_take_no_more_than_they_may_together_and_give_it_back() -> None:
     line = LogLine("0/1/2024", b"x" * 1000)
-    monkeypatch.setattr("app.launchers.pod_log.KEPT_TOGETHER", 100 * (1000 + LINE_BYTES))
-    room = Room()
+    room = Room(size=100 * (1000 + LINE_BYTES))
     logs = [KeptLog(room) for _ in range(5)]
     for log, lines in zip(logs, (60, 3, 3, 60, 60), strict=True):
         for _ in range(lines):
             log.add(line)
-        assert room.taken <= 105 * (1000 + LINE_BYTES)  # a line of each is always kept
+        assert room.taken <= room.size + len(logs) * (1000 + LINE_BYTES)  # a line of each is always kept
     assert [len(log.after(None)) for log in logs[:3]] == [60, 3, 3]
     for log in logs:
         log.stop()

@@ -183,6 +183,7 @@ async def from_its_start(lines: AsyncIterator[LogLine], started_at: float) -> As
 class Room:
     """The room that all kept logs have together, in bytes."""
 
+    size: int = KEPT_TOGETHER
     taken: int = 0
 
 
@@ -192,8 +193,8 @@ class KeptLog:
     ``begun`` is set once it is being read, ``whole`` when nothing more comes.
     """
 
-    def __init__(self, room: Room) -> None:
-        self._room = room
+    def __init__(self, room: Room, most: int = KEPT_BYTES) -> None:
+        self._room, self._most = room, most
         self.begun, self.whole = asyncio.Event(), asyncio.Event()
         self.stopped = False
         self._lines: deque[LogLine] = deque()
@@ -212,7 +213,7 @@ class KeptLog:
             return
         self._lines.append(line)
         self._take(LINE_BYTES + len(line.text))
-        while (self._bytes > KEPT_BYTES or self._room.taken > KEPT_TOGETHER) and len(self._lines) > 1:
+        while (self._bytes > self._most or self._room.taken > self._room.size) and len(self._lines) > 1:
             self._take(-LINE_BYTES - len(self._lines.popleft().text))
             self._dropped = True
 

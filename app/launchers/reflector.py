@@ -64,7 +64,6 @@ class Reflector(Generic[T]):
         self._read = read
         self._changed = changed
         self._version: str | None = None
-        self._newest = 0
         self._bookmarked = False
         self._ahead: dict[str, int] = {}
         self._heard_at = 0.0
@@ -125,7 +124,7 @@ class Reflector(Generic[T]):
                 await self._watch()
                 failures = 0
             except _ExpiredError:
-                self._version = None
+                self._begin_anew()
             except (LauncherUnavailable, Refused) as error:
                 failures += 1
                 log.log(logging.WARNING if failures == 1 else logging.DEBUG, "%s: %s", self._path, error)
@@ -149,6 +148,11 @@ class Reflector(Generic[T]):
             async with asyncio.timeout(pause):
                 await self._poke.wait()
 
+    def _begin_anew(self) -> None:
+        """Go by a list from here on. It shows all that calls have answered so far, also where the API was set back."""
+        self._version = None
+        self._ahead.clear()
+
     async def _list(self) -> str:
         """Read all pages, and give the version that they show."""
         found: dict[str, T] = {}
@@ -169,9 +173,6 @@ class Reflector(Generic[T]):
                 continue
             break
         version = str(answer["metadata"]["resourceVersion"])
-        if _number(version) < self._newest:  # the API was set back, and what calls answered before is void
-            self._ahead.clear()
-        self._newest = _number(version)
         self._ahead = {name: number for name, number in self._ahead.items() if number > _number(version)}
         for name in {*self.objects, *found} - self._ahead.keys():
             self._replace(name, found.get(name))
@@ -205,7 +206,7 @@ class Reflector(Generic[T]):
                 raise
             self._trouble = error  # until the next one is open
             if self._bookmarked and time.monotonic() - heard > SILENCE_SECONDS - LASTING_SECONDS:
-                self._version = None
+                self._begin_anew()
             log.debug("%s: a watch ended: %s", self._path, error)
 
     def _take(self, line: bytes) -> None:
@@ -217,7 +218,6 @@ class Reflector(Generic[T]):
                     raise _ExpiredError
                 raise LauncherUnavailable(f"{self._path}: {obj.get('message')}")
             self._version = obj["metadata"]["resourceVersion"]
-            self._newest = _number(self._version)
             self._bookmarked = self._bookmarked or kind == "BOOKMARK"
             self.heard()
             if kind in {"ADDED", "MODIFIED", "DELETED"} and not self._overtaken(obj):
